@@ -1,0 +1,23 @@
+"""SViT, the Super Token Vision Transformer, as a backbone for the OpenMMLab libraries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .config_path import config_path
+
+if TYPE_CHECKING:
+    from .svit import SViT
+
+__version__ = '0.1.0'
+__all__ = ['SViT', 'config_path']
+
+
+def __getattr__(name: str) -> object:
+    # Torch and MMEngine are imported by those who need them: `python -m mmsvit.check_env`
+    # must run where they are missing or broken, to say so.
+    if name == 'SViT':
+        from .svit import SViT
+
+        return SViT
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,248 @@
+"""Reading checkpoints without running code from them, and fitting them to :class:`mmsvit.SViT`.
+
+Three kinds of file hold an SViT backbone: one that the authors published
+(``model`` beside optimizer state and an ``argparse.Namespace``, with a
+classifier and constants among the weights), the same converted by
+``tools/convert_checkpoint.py``, and one that an MMEngine runner saved. What is
+known not to belong to the backbone is dropped by name. Everything else must
+fit exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.fileio import get_local_path
+from mmengine.logging import HistoryBuffer, print_log
+from torch import Tensor, nn
+
+PUBLISHED_NAMES = 'stvit-{small,base,large}-{224,384}.pth'
+PUBLISHED_AT = 'https://github.com/hhb072/STViT'
+
+# The published model's names and ours, outer names first.
+_RENAMED = (
+    ('patch_embed.proj.', 'stem.'),
+    ('layers.', 'stages.'),
+    ('.downsample.proj.', '.downsample.'),
+    ('.pos_embed.conv.', '.pos_embed.'),
+    ('.norm1.norm.', '.norm1.'),
+    ('.attn.stoken_refine.', '.attn.attend.'),
+    ('.mlp2.conv.conv.', '.ffn.dwconv.'),
+    ('.mlp2.', '.ffn.'),
+)
+# Classifier, and the one-hot kernels by which the published code gathers and scatters.
+_NOT_BACKBONE = re.compile(r'(proj|norm|head)\.|.*\.attn\.(unfold|fold)\.weights$')
+# 1x1 convolutions there are linear layers here, and a layer scale is a vector.
+_POINTWISE = re.compile(r'.*\.(attn\.attend\.(qkv|proj)|ffn\.fc[12])\.weight$')
+_LAYER_SCALE = re.compile(r'.*\.gamma_[12]$')
+
+_KEYS_SHOWN = 8
+
+
+def _history_buffer_method(owner: type, name: str) -> Any:
+    """Stand in for ``getattr``, which MMEngine's log history pickles for its own methods."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not allowed in a checkpoint')
+    return getattr(owner, name)
+
+
+def _allowed_globals() -> list:
+    """What a checkpoint may hold beside tensors and plain Python data; nothing here runs code."""
+    core = np.core if int(np.__version__.split('.')[0]) < 2 else np._core
+    dtypes = [type(np.dtype(name)) for name in ('f8', 'f4', 'i8', 'i4', '?')]
+    return [
+        argparse.Namespace,
+        HistoryBuffer,
+        (_history_buffer_method, 'builtins.getattr'),
+        np.ndarray,
+        np.dtype,
+        core.multiarray._reconstruct,
+        core.multiarray.scalar,
+        *dtypes,
+    ]
+
+
+def allow_runner_checkpoints() -> None:
+    """Let torch's weights-only mode read what MMEngine's runner saves, in this process.
+
+    Since torch 2.6 that mode is the default, and OpenMMLab's own MMEngine relies on the
+    default: without this it cannot read its own checkpoints.
+    """
+    torch.serialization.add_safe_globals(_allowed_globals())
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint in torch's weights-only mode.
+
+    Args:
+        path: A file, or a URL that MMEngine's file clients know.
+
+    Returns:
+        The checkpoint as saved, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a whole checkpoint, or needs code to be run to be read.
+    """
+    path = str(path)
+    if '://' not in path and not Path(path).is_file():
+        raise FileNotFoundError(f'the checkpoint {path!r} does not exist')
+    try:
+        with get_local_path(path) as file, torch.serialization.safe_globals(_allowed_globals()):
+            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        refused = re.search(r'GLOBAL (\S+) was not an allowed global|getattr\(.*\) is not', str(error))
+        if refused:
+            raise ValueError(
+                f'{path!r} is refused: to read it, torch would have to run code from it '
+                f'({refused.group(1) or refused.group(0)}). Get it from a source that you trust and '
+                'save its tensors alone.'
+            ) from error
+        raise ValueError(
+            f'{path!r} is not a whole checkpoint ({type(error).__name__}); a download that broke '
+            'off, or a web page saved under that name? Expected a file written by torch.save.'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f'{path!r} holds {type(checkpoint).__name__}, expected a dict with the weights under '
+            "'model' or 'state_dict', or the weights themselves"
+        )
+    return checkpoint
+
+
+def backbone_state_dict(
+    checkpoint: Mapping[str, Any], prefix: str | None = None
+) -> dict[str, Tensor]:
+    """Pick the backbone's weights out of a checkpoint, under mmsvit's names.
+
+    Args:
+        checkpoint: As read by :func:`read_checkpoint`.
+        prefix: Where the backbone is in a larger model, such as ``'backbone.'``. By
+            default ``'backbone.'`` if the checkpoint has it, else no prefix.
+
+    Raises:
+        ValueError: There are no weights, or none under ``prefix``.
+    """
+    weights = checkpoint
+    for container in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(container), Mapping):
+            weights = checkpoint[container]
+            break
+    weights = {str(key).removeprefix('module.'): value for key, value in weights.items()}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(
+            f'the checkpoint holds no weights: found the keys {_some(checkpoint)}, expected weights '
+            "under 'model' (the authors' files) or 'state_dict' (a runner's)"
+        )
+    if prefix is None and any(key.startswith('backbone.') for key in weights):
+        prefix = 'backbone.'
+    if prefix:
+        found = {key[len(prefix) :]: v for key, v in weights.items() if key.startswith(prefix)}
+        if not found:
+            raise ValueError(f'no weights start with {prefix!r}; found {_some(weights)}')
+        weights = found
+    if 'patch_embed.proj.0.weight' in weights:
+        weights = dict(
+            _convert_published(key, value)
+            for key, value in weights.items()
+            if not _NOT_BACKBONE.match(key)
+        )
+    return weights
+
+
+def _convert_published(key: str, value: Tensor) -> tuple[str, Tensor]:
+    for theirs, ours in _RENAMED:
+        key = key.replace(theirs, ours)
+    if _POINTWISE.match(key):
+        value = value.flatten(1)
+    elif _LAYER_SCALE.match(key):
+        value = value.flatten()
+    return key, value
+
+
+def load_pretrained(backbone: nn.Module, path: str | Path, prefix: str | None = None) -> None:
+    """Load a checkpoint into an :class:`mmsvit.SViT`, all of it or nothing.
+
+    Weights of stages that the backbone does not have (``out_indices``) are left out, and
+    norms of its outputs (``out_norm_cfg``) keep their initial values if the checkpoint
+    has none.
+
+    Args:
+        backbone: The model.
+        path: See :func:`read_checkpoint`.
+        prefix: See :func:`backbone_state_dict`.
+
+    Raises:
+        FileNotFoundError: There is no such file; the message says where to get one.
+        ValueError: It cannot be read, or weights are missing, unexpected or of another
+            shape; the message names them.
+    """
+    try:
+        found = backbone_state_dict(read_checkpoint(path), prefix)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f'{error}. The authors of SViT publish ImageNet weights ({PUBLISHED_NAMES}) through the '
+            f'links at {PUBLISHED_AT}: download one by hand and put it there, or name another with '
+            '--cfg-options model.backbone.init_cfg.checkpoint=PATH. To train from scratch instead: '
+            '--cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False'
+        ) from None
+    except ValueError as error:
+        raise ValueError(f'cannot load {str(path)!r}: {error}') from error
+    stages = len(backbone.stages)
+    beyond = re.compile(rf'stages\.({stages - 1}\.downsample|[{stages}-9])\.|out_norms\.[{stages}-9]\.')
+    found = {key: value for key, value in found.items() if not beyond.match(key)}
+    expected = backbone.state_dict()
+    if not any(key.startswith('out_norms.') for key in found):
+        found.update((k, v) for k, v in expected.items() if k.startswith('out_norms.'))
+
+    problems = [
+        ('missing from the file', [key for key in expected if key not in found]),
+        ('in the file but not in the model', [key for key in found if key not in expected]),
+        (
+            'of another shape',
+            [
+                f'{key} {tuple(found[key].shape)} instead of {tuple(value.shape)}'
+                for key, value in expected.items()
+                if key in found and found[key].shape != value.shape
+            ],
+        ),
+    ]
+    if any(keys for _, keys in problems):
+        lines = [f'{len(keys)} weights are {what}: {_some(keys)}' for what, keys in problems if keys]
+        raise ValueError(
+            f'{str(path)!r} does not fit this SViT ({_describe(expected)}; the file: '
+            f'{_describe(found)}). Nothing was loaded.\n  ' + '\n  '.join(lines)
+        )
+    backbone.load_state_dict(found)
+    print_log(f'SViT: loaded {len(found)} backbone weights from {path}', logger='current')
+
+
+def _describe(weights: Mapping[str, Tensor]) -> str:
+    """Widths and depths as the weights tell them, so that a wrong arch can be seen at once."""
+    blocks: dict[int, int] = {}
+    widths: dict[int, int] = {}
+    for key, value in weights.items():
+        match = re.match(r'stages\.(\d+)\.blocks\.(\d+)\.norm1\.weight$', key)
+        if match:
+            stage, block = int(match.group(1)), int(match.group(2))
+            blocks[stage] = max(blocks.get(stage, 0), block + 1)
+            widths[stage] = value.numel()
+    if not blocks:
+        return 'not an SViT'
+    return (
+        f'embed_dims {[widths[stage] for stage in sorted(widths)]}, '
+        f'depths {[blocks[stage] for stage in sorted(blocks)]}'
+    )
+
+
+def _some(keys: Any) -> str:
+    keys = [str(key) for key in keys]
+    more = f', ... ({len(keys) - _KEYS_SHOWN} more)' if len(keys) > _KEYS_SHOWN else ''
+    return ', '.join(keys[:_KEYS_SHOWN]) + more

@@ -1,0 +1,61 @@
+"""What ``tools/train.py`` and ``tools/test.py`` share: from the command line to a config."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+
+from .data_check import check_data_paths
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every mm* tool has."""
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings to override, as key=value pairs: model.backbone.arch=base '
+        "'train_dataloader.batch_size=4' 'key=[a,b]'",
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='who starts the processes of a distributed run',
+    )
+    # torchrun's predecessor passes this on; torchrun sets the variable itself.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
+    """Read the config of ``args``, apply the options, and check that its data is there.
+
+    Also joins the process group of a distributed run without GPUs: MMEngine's own
+    start-up insists on CUDA.
+
+    Args:
+        args: With ``config`` and the options of :func:`add_arguments`.
+        splits: Which data the run needs, out of ``'train'``, ``'val'``, ``'test'``.
+
+    Raises:
+        FileNotFoundError: The config or data it names does not exist.
+    """
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    check_data_paths(cfg, splits)
+
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        torch.distributed.init_process_group('gloo')
+    return cfg

@@ -1,0 +1,12 @@
+"""The mmsvit registries, children of MMEngine's root.
+
+MMEngine imports this module by itself when it meets ``type='mmsvit.SViT'`` in
+any config, so no config needs ``custom_imports``.
+"""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmsvit', locations=['mmsvit.svit'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmsvit', locations=['mmsvit.data_check'])

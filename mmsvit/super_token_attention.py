@@ -1,0 +1,107 @@
+"""Super token attention: sample a few super tokens, attend among them, map the result back."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+
+
+class GlobalAttention(nn.Module):
+    """Multi-head self-attention among all positions of a map.
+
+    Args:
+        embed_dims: Channels.
+        num_heads: Heads; divides ``embed_dims``.
+        qkv_bias: Whether the query, key and value projection has a bias.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        n, height, width, channels = x.shape
+        # The published projection groups its output per head: [head 0: q k v | head 1: q k v | ...].
+        qkv = self.qkv(x).reshape(n, height * width, self.num_heads, 3, channels // self.num_heads)
+        query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.attn_drop if self.training else 0.0
+        )
+        x = x.transpose(1, 2).reshape(n, height, width, channels)
+        return self.proj_drop(self.proj(x))
+
+
+class SuperTokenAttention(nn.Module):
+    """Super token attention (paper, Sec. 3.2).
+
+    With a super token size of 1x1 every token is its own super token and this
+    is plain global attention.
+
+    Args:
+        embed_dims: Channels.
+        num_heads: Heads; divides ``embed_dims``.
+        super_token_size: Height and width in tokens of the cell that one super
+            token starts from.
+        num_iters: Iterations of super token sampling.
+        qkv_bias: Whether the query, key and value projection has a bias.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        super_token_size: tuple[int, int],
+        num_iters: int = 1,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.super_token_size = super_token_size
+        self.num_iters = num_iters
+        self.attend = GlobalAttention(embed_dims, num_heads, qkv_bias, attn_drop, proj_drop)
+
+    @property
+    def samples(self) -> bool:
+        """Whether there are fewer super tokens than tokens."""
+        return self.super_token_size != (1, 1)
+
+    def sample(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample super tokens from tokens.
+
+        Args:
+            x: ``(N, H, W, C)``.
+
+        Returns:
+            The super tokens, ``(N, Gh, Gw, C)`` in the dtype of ``x``, one for each
+            cell, and the association of :func:`mmsvit.ops.associate`.
+        """
+        association, mass = ops.associate(x, self.super_token_size, self.num_iters)
+        super_tokens = ops.aggregate(association, x, self.super_token_size) / (mass + 1e-12)
+        return super_tokens.to(x.dtype), association
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        if not self.samples:
+            return self.attend(x)
+        super_tokens, association = self.sample(x)
+        super_tokens = self.attend(super_tokens)
+        return ops.distribute(association, super_tokens, self.super_token_size, x.shape[1:3])

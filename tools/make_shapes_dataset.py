@@ -1,0 +1,191 @@
+"""Generate a small COCO-format instance segmentation data set, with nothing to download.
+
+Circles, squares, triangles, stars and rings of any size, angle and colour on textured
+backgrounds. They overlap; the masks are those of the visible parts. The same seed gives
+the same files.
+
+    python tools/make_shapes_dataset.py data/shapes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+from rich.progress import track
+
+CLASSES = ('circle', 'square', 'triangle', 'star', 'ring')
+MIN_VISIBLE_PIXELS = 40
+MIN_VISIBLE_SHARE = 0.3
+SUPERSAMPLING = 4
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('out', type=Path, help='folder to write, for example data/shapes')
+    parser.add_argument('--num-train', type=int, default=400, help='training images')
+    parser.add_argument('--num-val', type=int, default=100, help='validation images')
+    parser.add_argument('--size', type=int, default=160, help='image height and width in pixels')
+    parser.add_argument('--max-shapes', type=int, default=5, help='most shapes in an image')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace a data set that is already there'
+    )
+    args = parser.parse_args()
+    for name, least in (('num_train', 1), ('num_val', 1), ('size', 48), ('max_shapes', 1)):
+        if getattr(args, name) < least:
+            parser.error(f'--{name.replace("_", "-")} must be {least} or more')
+    return args
+
+
+def polygon(name: str) -> np.ndarray:
+    """Corners of a class with straight edges, in a circle of radius 1, shape (n, 2)."""
+    if name == 'star':
+        angles = np.arange(10) * np.pi / 5
+        radii = np.where(np.arange(10) % 2, 0.42, 1.0)
+    else:
+        corners = {'square': 4, 'triangle': 3}[name]
+        angles, radii = np.arange(corners) * 2 * np.pi / corners, 1.0
+    return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
+
+
+def shape_mask(
+    name: str, center: np.ndarray, radius: float, angle: float, size: int
+) -> np.ndarray:
+    """Coverage of each pixel by a shape, float32 in [0, 1], shape (size, size)."""
+    canvas = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), np.uint8)
+    center, radius = center * SUPERSAMPLING, radius * SUPERSAMPLING
+    if name in ('circle', 'ring'):
+        point = tuple(int(v) for v in center.round())
+        cv2.circle(canvas, point, int(round(radius)), 255, thickness=-1)
+        if name == 'ring':
+            cv2.circle(canvas, point, int(round(radius * 0.55)), 0, thickness=-1)
+    else:
+        cos, sin = np.cos(angle), np.sin(angle)
+        corners = polygon(name) @ np.array([[cos, sin], [-sin, cos]]) * radius + center
+        cv2.fillPoly(canvas, [corners.round().astype(np.int32)], 255)
+    return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+
+def texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Smooth noise between two colours, with stripes or without, float32 (size, size, 3)."""
+    cells = int(rng.integers(2, 9))
+    noise = rng.random((cells, cells)).astype(np.float32)
+    field = cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
+    if rng.random() < 0.5:
+        y, x = np.mgrid[:size, :size]
+        angle, period = rng.uniform(0, np.pi), rng.uniform(6, 24)
+        stripes = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)
+        field = 0.6 * field + 0.2 * (stripes + 1)
+    field = np.clip(field, 0, 1)[..., None].astype(np.float32)
+    first, second = rng.uniform(20, 235, (2, 3)).astype(np.float32)
+    return first * field + second * (1 - field)
+
+
+def contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
+    """The one of four random colours that differs most from ``background``, float32 (3,)."""
+    candidates = rng.uniform(0, 255, (4, 3)).astype(np.float32)
+    return candidates[np.abs(candidates - background).sum(axis=1).argmax()]
+
+
+def draw_image(
+    rng: np.random.Generator, size: int, max_shapes: int
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+    """Draw one image.
+
+    Returns:
+        The image, uint8 ``(size, size, 3)`` in BGR, and for each visible shape its class
+        index and boolean mask of ``(size, size)``, from back to front.
+    """
+    image = texture(rng, size)
+    shapes: list[tuple[int, np.ndarray, int]] = []
+    for _ in range(rng.integers(1, max_shapes + 1)):
+        label = int(rng.integers(len(CLASSES)))
+        radius = size * rng.uniform(0.09, 0.26)
+        center = rng.uniform(radius * 0.5, size - radius * 0.5, 2)
+        coverage = shape_mask(CLASSES[label], center, radius, rng.uniform(0, 2 * np.pi), size)
+        paint = contrasting_colour(rng, image[coverage >= 0.5].mean(axis=0))
+        if rng.random() < 0.5:
+            paint = 0.6 * paint + 0.4 * texture(rng, size)
+        image = image * (1 - coverage[..., None]) + paint * coverage[..., None]
+        mask = coverage >= 0.5
+        shapes = [(other, visible & ~mask, area) for other, visible, area in shapes]
+        shapes.append((label, mask, int(mask.sum())))
+    image += rng.normal(0, rng.uniform(2, 10), image.shape)
+    visible = [
+        (label, mask)
+        for label, mask, area in shapes
+        if mask.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area)
+    ]
+    return np.clip(image, 0, 255).astype(np.uint8), visible
+
+
+def annotation(label: int, mask: np.ndarray) -> dict:
+    """A COCO annotation: run-length encoded mask, area, and tight box [x, y, width, height]."""
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return dict(
+        category_id=label + 1,
+        segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+        area=int(coco_mask.area(rle)),
+        bbox=coco_mask.toBbox(rle).tolist(),
+        iscrowd=0,
+    )
+
+
+def make_split(out: Path, split: str, count: int, args: argparse.Namespace) -> None:
+    """Write the images and the annotation file of one split."""
+    (out / split).mkdir(parents=True)
+    images, annotations = [], []
+    for i in track(range(count), description=f'{split:>5}'):
+        # A generator for each image of each split: no image is in both, and none
+        # depends on how many others there are.
+        rng = np.random.default_rng((args.seed, ('train', 'val').index(split), i))
+        image, shapes = draw_image(rng, args.size, args.max_shapes)
+        name = f'{i:06d}.jpg'
+        if not cv2.imwrite(str(out / split / name), image, [cv2.IMWRITE_JPEG_QUALITY, 95]):
+            raise OSError(f'cannot write {out / split / name}')
+        images.append(dict(id=i + 1, file_name=name, height=args.size, width=args.size))
+        for label, mask in shapes:
+            annotations.append(
+                dict(id=len(annotations) + 1, image_id=i + 1, **annotation(label, mask))
+            )
+    data = dict(
+        info=dict(description='generated shapes', seed=args.seed),
+        images=images,
+        annotations=annotations,
+        categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
+    )
+    (out / 'annotations').mkdir(exist_ok=True)
+    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(data))
+
+
+def main() -> None:
+    args = parse_args()
+    settings = {key: value for key, value in vars(args).items() if key not in ('out', 'overwrite')}
+    settings_file = args.out / 'settings.json'
+    if settings_file.is_file() and json.loads(settings_file.read_text()) == settings:
+        print(f'{args.out} is there already, with the same settings')
+        return
+    if args.out.exists() and any(args.out.iterdir()):
+        if not args.overwrite:
+            raise SystemExit(
+                f'{args.out} is not empty and was not made with these settings; '
+                'name another folder, or --overwrite to replace it'
+            )
+        shutil.rmtree(args.out)
+    make_split(args.out, 'train', args.num_train, args)
+    make_split(args.out, 'val', args.num_val, args)
+    # Written last: a run that was broken off does not pass for a whole data set.
+    settings_file.write_text(json.dumps(settings))
+    print(f'wrote {args.num_train} training and {args.num_val} validation images to {args.out}')
+
+
+if __name__ == '__main__':
+    main()

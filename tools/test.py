@@ -1,0 +1,92 @@
+"""Evaluate a detector, segmentor or classifier.
+
+    python tools/test.py configs/svit_maskrcnn_coco.py CHECKPOINT
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mmsvit.checkpoint import read_checkpoint
+from mmsvit.cli import add_arguments, load_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint of the whole model')
+    parser.add_argument('--out', help='write the predictions to this pickle file (.pkl)')
+    parser.add_argument('--show-dir', help='draw predictions beside the truth into this folder')
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='test-time augmentation, by tta_model and tta_pipeline of the config',
+    )
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must end in .pkl or .pickle, found {args.out}')
+    return args
+
+
+def draw_into(cfg: Config, folder: str) -> None:
+    """Switch on the visualization hook of MMDetection, MMSegmentation or MMPretrain."""
+    hook = cfg.default_hooks.get('visualization')
+    if hook is None:
+        raise SystemExit('--show-dir needs default_hooks.visualization, which the config lacks')
+    folder = os.path.abspath(folder)
+    if hook.type == 'DetVisualizationHook':
+        hook.draw, hook.test_out_dir = True, folder
+    elif hook.type == 'SegVisualizationHook':
+        hook.draw = True
+        cfg.visualizer.save_dir = folder
+    else:
+        hook.enable, hook.out_dir = True, folder
+
+
+def apply_tta(cfg: Config) -> None:
+    """Wrap the model and replace the test pipeline by those for test-time augmentation."""
+    absent = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
+    if absent:
+        raise SystemExit(f'--tta needs {" and ".join(absent)}, which the config does not set')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def dump_into(cfg: Config, file: str) -> None:
+    """Add a metric that writes all predictions to a file."""
+    dump = 'mmdet.DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+    evaluators = cfg.test_evaluator
+    if not isinstance(evaluators, (list, tuple)):
+        evaluators = [evaluators]
+    cfg.test_evaluator = [*evaluators, dict(type=dump, out_file_path=file)]
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args, ('test',))
+    read_checkpoint(args.checkpoint)  # An unsafe or broken file is refused before anything else.
+    if args.show_dir is not None:
+        draw_into(cfg, args.show_dir)
+    if args.tta:
+        apply_tta(cfg)
+    if args.out is not None:
+        dump_into(cfg, args.out)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    # By default MMEngine only warns where a checkpoint does not fit.
+    runner.load_checkpoint(args.checkpoint, strict=True)
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()
