@@ -36,7 +36,7 @@ test_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     dataset=dict(
         data_root=data_root,
         metainfo=metainfo,
@@ -79,16 +79,16 @@ model = dict(
     neck=dict(in_channels=[32, 64, 96, 128], out_channels=width),
     rpn_head=dict(in_channels=width, feat_channels=width),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=width),
+        bbox_roi_extractor=dict(out_channels=width, roi_layer=dict(sampling_ratio=1)),
         bbox_head=dict(in_channels=width, fc_out_channels=256, num_classes=num_classes),
-        mask_roi_extractor=dict(out_channels=width),
+        mask_roi_extractor=dict(out_channels=width, roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(
             in_channels=width, conv_out_channels=width, num_convs=2, num_classes=num_classes
         ),
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=250),
-        rcnn=dict(sampler=dict(num=64)),
+        rcnn=dict(sampler=dict(num=128)),
     ),
     test_cfg=dict(
         rpn=dict(nms_pre=500, max_per_img=150),
@@ -97,11 +97,11 @@ model = dict(
 )
 
 # --- schedule -----------------------------------------------------------------------------
-max_epochs = 6
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+max_epochs = 3
+train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10.0))
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=40),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
         type='CosineAnnealingLR',
         by_epoch=True,
@@ -115,5 +115,5 @@ default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(save_best='coco/segm_mAP', max_keep_ckpts=2),
 )
-auto_scale_lr = dict(base_batch_size=8)
+auto_scale_lr = dict(base_batch_size=4)
 randomness = dict(seed=0)

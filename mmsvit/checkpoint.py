@@ -98,7 +98,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         with get_local_path(path) as file, torch.serialization.safe_globals(_allowed_globals()):
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        refused = re.search(r'GLOBAL (\S+) was not an allowed global|getattr\(.*\) is not', str(error))
+        refused = re.search(
+            r'GLOBAL (\S+) was not an allowed global|getattr\(.*\) is not', str(error)
+        )
         if refused:
             raise ValueError(
                 f'{path!r} is refused: to read it, torch would have to run code from it '
@@ -196,7 +198,9 @@ def load_pretrained(backbone: nn.Module, path: str | Path, prefix: str | None = 
     except ValueError as error:
         raise ValueError(f'cannot load {str(path)!r}: {error}') from error
     stages = len(backbone.stages)
-    beyond = re.compile(rf'stages\.({stages - 1}\.downsample|[{stages}-9])\.|out_norms\.[{stages}-9]\.')
+    beyond = re.compile(
+        rf'stages\.({stages - 1}\.downsample|[{stages}-9])\.|out_norms\.[{stages}-9]\.'
+    )
     found = {key: value for key, value in found.items() if not beyond.match(key)}
     expected = backbone.state_dict()
     if not any(key.startswith('out_norms.') for key in found):
@@ -215,7 +219,9 @@ def load_pretrained(backbone: nn.Module, path: str | Path, prefix: str | None = 
         ),
     ]
     if any(keys for _, keys in problems):
-        lines = [f'{len(keys)} weights are {what}: {_some(keys)}' for what, keys in problems if keys]
+        lines = [
+            f'{len(keys)} weights are {what}: {_some(keys)}' for what, keys in problems if keys
+        ]
         raise ValueError(
             f'{str(path)!r} does not fit this SViT ({_describe(expected)}; the file: '
             f'{_describe(found)}). Nothing was loaded.\n  ' + '\n  '.join(lines)

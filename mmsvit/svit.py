@@ -85,7 +85,9 @@ def _resolve_arch(arch: str | dict, super_token_sizes: Sequence | None) -> dict[
         arch['super_token_sizes'] = super_token_sizes
     for key, values in arch.items():
         if not isinstance(values, (list, tuple)) or len(values) != NUM_STAGES:
-            raise ValueError(f'{key} needs {NUM_STAGES} entries, one for each stage, found {values!r}')
+            raise ValueError(
+                f'{key} needs {NUM_STAGES} entries, one for each stage, found {values!r}'
+            )
         arch[key] = tuple(values)
     for key in ('embed_dims', 'depths', 'num_heads', 'num_iters'):
         if not all(_is_int(value) and value >= 1 for value in arch[key]):
@@ -354,7 +356,8 @@ class SViT(BaseModule):
         self.pos_drop = nn.Dropout(drop_rate)
 
         num_stages = max(self.out_indices) + 1
-        drop_path_rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        steps = max(sum(depths) - 1, 1)
+        drop_path_rates = [drop_path_rate * i / steps for i in range(sum(depths))]
         self.stages = nn.ModuleList()
         for i in range(num_stages):
             first = sum(depths[:i])
@@ -399,7 +402,9 @@ class SViT(BaseModule):
         out_norm_cfg: dict | None,
     ) -> None:
         if not _is_int(in_channels) or in_channels < 1:
-            raise ValueError(f'in_channels must be a whole number of 1 or more, found {in_channels!r}')
+            raise ValueError(
+                f'in_channels must be a whole number of 1 or more, found {in_channels!r}'
+            )
         if not mlp_ratio > 0:
             raise ValueError(f'mlp_ratio must be positive, found {mlp_ratio!r}')
         for name, rate in rates.items():

@@ -1,8 +1,8 @@
 """Generate a small COCO-format instance segmentation data set, with nothing to download.
 
-Circles, squares, triangles, stars and rings of any size, angle and colour on textured
-backgrounds. They overlap; the masks are those of the visible parts. The same seed gives
-the same files.
+Circles, squares, triangles, stars and rings of any size and angle on textured backgrounds.
+Each class keeps to a range of hues. They overlap; the masks are those of the visible parts.
+The same seed gives the same files.
 
     python tools/make_shapes_dataset.py data/shapes
 """
@@ -30,10 +30,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('out', type=Path, help='folder to write, for example data/shapes')
-    parser.add_argument('--num-train', type=int, default=400, help='training images')
+    parser.add_argument('--num-train', type=int, default=800, help='training images')
     parser.add_argument('--num-val', type=int, default=100, help='validation images')
     parser.add_argument('--size', type=int, default=160, help='image height and width in pixels')
-    parser.add_argument('--max-shapes', type=int, default=5, help='most shapes in an image')
+    parser.add_argument('--max-shapes', type=int, default=6, help='most shapes in an image')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument(
         '--overwrite', action='store_true', help='replace a data set that is already there'
@@ -56,17 +56,15 @@ def polygon(name: str) -> np.ndarray:
     return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
 
 
-def shape_mask(
-    name: str, center: np.ndarray, radius: float, angle: float, size: int
-) -> np.ndarray:
+def shape_mask(name: str, center: np.ndarray, radius: float, angle: float, size: int) -> np.ndarray:
     """Coverage of each pixel by a shape, float32 in [0, 1], shape (size, size)."""
     canvas = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), np.uint8)
     center, radius = center * SUPERSAMPLING, radius * SUPERSAMPLING
     if name in ('circle', 'ring'):
         point = tuple(int(v) for v in center.round())
-        cv2.circle(canvas, point, int(round(radius)), 255, thickness=-1)
+        cv2.circle(canvas, point, round(radius), 255, thickness=-1)
         if name == 'ring':
-            cv2.circle(canvas, point, int(round(radius * 0.55)), 0, thickness=-1)
+            cv2.circle(canvas, point, round(radius * 0.55), 0, thickness=-1)
     else:
         cos, sin = np.cos(angle), np.sin(angle)
         corners = polygon(name) @ np.array([[cos, sin], [-sin, cos]]) * radius + center
@@ -75,7 +73,7 @@ def shape_mask(
 
 
 def texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Smooth noise between two colours, with stripes or without, float32 (size, size, 3)."""
+    """Smooth noise between two dull colours, with stripes or without, float32 (size, size, 3)."""
     cells = int(rng.integers(2, 9))
     noise = rng.random((cells, cells)).astype(np.float32)
     field = cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
@@ -85,14 +83,16 @@ def texture(rng: np.random.Generator, size: int) -> np.ndarray:
         stripes = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)
         field = 0.6 * field + 0.2 * (stripes + 1)
     field = np.clip(field, 0, 1)[..., None].astype(np.float32)
-    first, second = rng.uniform(20, 235, (2, 3)).astype(np.float32)
+    grey = rng.uniform(30, 225)
+    first, second = grey + rng.uniform(-35, 35, (2, 3)).astype(np.float32)
     return first * field + second * (1 - field)
 
 
-def contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """The one of four random colours that differs most from ``background``, float32 (3,)."""
-    candidates = rng.uniform(0, 255, (4, 3)).astype(np.float32)
-    return candidates[np.abs(candidates - background).sum(axis=1).argmax()]
+def class_colour(rng: np.random.Generator, label: int) -> np.ndarray:
+    """A strong colour around the hue of a class, as things of a kind look alike; BGR (3,)."""
+    hue = (label * 360 / len(CLASSES) + rng.uniform(-18, 18)) % 360
+    hsv = np.array([[[hue, rng.uniform(0.5, 1.0), rng.uniform(0.55, 1.0)]]], np.float32)
+    return 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0]
 
 
 def draw_image(
@@ -108,17 +108,17 @@ def draw_image(
     shapes: list[tuple[int, np.ndarray, int]] = []
     for _ in range(rng.integers(1, max_shapes + 1)):
         label = int(rng.integers(len(CLASSES)))
-        radius = size * rng.uniform(0.09, 0.26)
+        radius = size * rng.uniform(0.11, 0.22)
         center = rng.uniform(radius * 0.5, size - radius * 0.5, 2)
         coverage = shape_mask(CLASSES[label], center, radius, rng.uniform(0, 2 * np.pi), size)
-        paint = contrasting_colour(rng, image[coverage >= 0.5].mean(axis=0))
+        paint = class_colour(rng, label)
         if rng.random() < 0.5:
-            paint = 0.6 * paint + 0.4 * texture(rng, size)
+            paint = 0.7 * paint + 0.3 * texture(rng, size)
         image = image * (1 - coverage[..., None]) + paint * coverage[..., None]
         mask = coverage >= 0.5
         shapes = [(other, visible & ~mask, area) for other, visible, area in shapes]
         shapes.append((label, mask, int(mask.sum())))
-    image += rng.normal(0, rng.uniform(2, 10), image.shape)
+    image += rng.normal(0, rng.uniform(2, 8), image.shape)
     visible = [
         (label, mask)
         for label, mask, area in shapes

@@ -1,12 +1,12 @@
 """Evaluate a detector, segmentor or classifier.
 
-    python tools/test.py configs/svit_maskrcnn_coco.py CHECKPOINT
+python tools/test.py configs/svit_maskrcnn_coco.py CHECKPOINT
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
@@ -41,7 +41,7 @@ def draw_into(cfg: Config, folder: str) -> None:
     hook = cfg.default_hooks.get('visualization')
     if hook is None:
         raise SystemExit('--show-dir needs default_hooks.visualization, which the config lacks')
-    folder = os.path.abspath(folder)
+    folder = str(Path(folder).absolute())
     if hook.type == 'DetVisualizationHook':
         hook.draw, hook.test_out_dir = True, folder
     elif hook.type == 'SegVisualizationHook':

@@ -1,6 +1,6 @@
 """Train a detector, segmentor or classifier.
 
-    python tools/train.py configs/svit_maskrcnn_coco.py
+python tools/train.py configs/svit_maskrcnn_coco.py
 """
 
 from __future__ import annotations

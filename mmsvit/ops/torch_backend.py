@@ -59,9 +59,7 @@ def _scatter_neighbours(parts: Tensor) -> Tensor:
     return padded[:, 1:-1, 1:-1].contiguous()
 
 
-def associate(
-    tokens: Tensor, cell_size: tuple[int, int], num_iters: int
-) -> tuple[Tensor, Tensor]:
+def associate(tokens: Tensor, cell_size: tuple[int, int], num_iters: int) -> tuple[Tensor, Tensor]:
     with torch.autocast(tokens.device.type, enabled=False):
         cells = _split_into_cells(tokens.to(_accumulation_dtype(tokens)), cell_size)
         scale = tokens.shape[-1] ** -0.5

@@ -1,0 +1,67 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / 'golden'
+
+
+def golden_arch(name: str) -> dict:
+    """The architecture of a golden checkpoint as SViT's ``arch``."""
+    arch = json.loads((GOLDEN / f'{name}.json').read_text())['arch']
+    return dict(
+        embed_dims=arch['embed_dim'],
+        depths=arch['depths'],
+        num_heads=arch['num_heads'],
+        super_token_sizes=arch['stoken_size'],
+        num_iters=arch['n_iter'],
+        layer_scale=[arch['init_values'] if used else None for used in arch['layerscale']],
+    )
+
+
+def small_arch(**changes: tuple) -> dict:
+    """An architecture that runs in milliseconds."""
+    arch = dict(
+        embed_dims=(8, 12, 16, 24),
+        depths=(1, 2, 1, 1),
+        num_heads=(1, 2, 2, 3),
+        super_token_sizes=(4, (2, 3), 1, 1),
+        num_iters=(1, 2, 1, 1),
+        layer_scale=(None, None, 0.5, None),
+    )
+    return {**arch, **changes}
+
+
+def run_python(
+    *arguments: str | Path, cwd: Path = ROOT, check: bool = True, timeout: int = 600
+) -> subprocess.CompletedProcess:
+    """Run a fresh Python; its output is in the failure message if it fails."""
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert result.returncode == 0, f'{arguments}\n{result.stdout}\n{result.stderr}'
+    return result
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated data set of a few small images."""
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    sizes = ['--num-train', '8', '--num-val', '4', '--size', '64']
+    run_python('tools/make_shapes_dataset.py', folder, *sizes)
+    return folder

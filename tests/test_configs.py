@@ -1,0 +1,94 @@
+"""Every config parses, says nothing that is ignored, and builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_python
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from mmsvit import SViT, config_path
+
+CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+# Keys of the 2.x generation that 3.x ignores without a word.
+OLD_KEYS = {
+    'data',
+    'runner',
+    'optimizer',
+    'optimizer_config',
+    'lr_config',
+    'evaluation',
+    'log_config',
+}
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_config_builds(path):
+    cfg = Config.fromfile(path)
+    assert not OLD_KEYS & set(cfg)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    assert isinstance(model.backbone, SViT)
+    dims = [model.backbone.embed_dims[i] for i in model.backbone.out_indices]
+    assert cfg.model.neck.in_channels == dims
+    assert cfg.auto_scale_lr.base_batch_size > 0
+
+
+def test_coco_config_is_the_published_setting():
+    cfg = Config.fromfile(config_path('svit_maskrcnn_coco.py'))
+    assert cfg.train_cfg.max_epochs == 12
+    assert cfg.param_scheduler[-1].milestones == [8, 11]
+    assert cfg.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05
+    )
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
+    assert cfg.train_pipeline[2].scale == (1333, 800)
+
+
+def test_weight_decay_spares_norms_biases_and_layer_scale():
+    cfg = Config.fromfile(config_path('svit_maskrcnn_coco.py'))
+    cfg.model.backbone.update(arch='base', init_cfg=None)
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model)
+    from mmengine.optim import build_optim_wrapper
+
+    decay = {
+        id(group['params'][0]): group['weight_decay']
+        for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    }
+    for name, parameter in model.backbone.named_parameters():
+        spared = parameter.ndim == 1
+        assert decay[id(parameter)] == (0 if spared else 0.05), name
+
+
+def test_config_path_lists_what_there_is():
+    assert Path(config_path('svit_maskrcnn_shapes.py')).is_file()
+    with pytest.raises(FileNotFoundError, match=r'svit_maskrcnn_coco\.py'):
+        config_path('nothing.py')
+
+
+def test_configs_are_in_the_wheel(tmp_path):
+    command = [
+        '-m',
+        'pip',
+        'wheel',
+        '-q',
+        '--no-deps',
+        '--no-build-isolation',
+        '-w',
+        tmp_path,
+        ROOT,
+    ]
+    run_python(*command)
+    (wheel,) = tmp_path.glob('mmsvit-*.whl')
+    run_python('-m', 'pip', 'install', '-q', '--no-deps', '--target', tmp_path / 'site', wheel)
+    code = (
+        f'import sys; sys.path.insert(0, {str(tmp_path / "site")!r}); import mmsvit; '
+        'from mmengine.config import Config; '
+        'path = mmsvit.config_path("svit_maskrcnn_shapes.py"); '
+        'assert ".mim" in path and "site" in path, path; '
+        'assert Config.fromfile(path).model.backbone.type == "mmsvit.SViT"'
+    )
+    run_python('-c', code, cwd=tmp_path)

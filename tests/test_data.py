@@ -1,0 +1,124 @@
+"""The generated data set, and the checks that keep wrong data out of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from conftest import run_python
+from mmdet.datasets import CocoDataset
+from mmengine.config import Config
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from mmsvit.data_check import CheckDatasetHook, check_data_paths
+
+CLASSES = ('circle', 'square', 'triangle', 'star', 'ring')
+SIZES = ['--num-train', '3', '--num-val', '2', '--size', '64', '--max-shapes', '8']
+
+
+def generate(folder, *options, check=True):
+    return run_python('tools/make_shapes_dataset.py', folder, *SIZES, *options, check=check)
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_annotations_are_true(shapes, split):
+    coco = COCO(shapes / 'annotations' / f'instances_{split}.json')
+    assert [category['name'] for category in coco.cats.values()] == list(CLASSES)
+    assert coco.anns
+    for image in coco.imgs.values():
+        pixels = cv2.imread(str(shapes / split / image['file_name']))
+        assert pixels.shape == (image['height'], image['width'], 3)
+        masks = []
+        for ann in coco.imgToAnns[image['id']]:
+            mask = coco.annToMask(ann).astype(bool)
+            rows, columns = np.nonzero(mask)
+            x, y, width, height = ann['bbox']
+            assert (x, y) == (columns.min(), rows.min())
+            assert (x + width, y + height) == (columns.max() + 1, rows.max() + 1)
+            assert ann['area'] == mask.sum() == coco_mask.area(coco.annToRLE(ann)) >= 40
+            masks.append(mask)
+        # Masks are of the visible parts: no pixel belongs to two.
+        assert not masks or np.sum(masks, axis=0).max() <= 1
+
+
+def test_seed_decides_everything(tmp_path):
+    for name, seed in (('a', '1'), ('b', '1'), ('c', '2')):
+        generate(tmp_path / name, '--seed', seed)
+    files = sorted(p.relative_to(tmp_path / 'a') for p in (tmp_path / 'a').rglob('*.*'))
+    assert len(files) == 3 + 2 + 2 + 1
+    for file in files:
+        assert (tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes()
+    image = 'train/000000.jpg'
+    assert (tmp_path / 'a' / image).read_bytes() != (tmp_path / 'c' / image).read_bytes()
+
+
+def test_train_and_val_are_disjoint(shapes):
+    train, val = (
+        {path.read_bytes() for path in (shapes / split).glob('*.jpg')} for split in ('train', 'val')
+    )
+    assert len(train) == 8 and len(val) == 4 and not train & val
+
+
+def test_existing_data_is_kept(tmp_path):
+    generate(tmp_path / 'data')
+    assert 'there already' in generate(tmp_path / 'data').stdout
+    refused = generate(tmp_path / 'data', '--seed', '5', check=False)
+    assert refused.returncode != 0 and '--overwrite' in refused.stderr
+    generate(tmp_path / 'data', '--seed', '5', '--overwrite')
+    bad = generate(tmp_path / 'other', '--num-val', '0', check=False)
+    assert bad.returncode != 0 and '--num-val must be 1 or more' in bad.stderr
+
+
+def test_missing_paths_are_all_named(shapes):
+    dataset = dict(
+        type='CocoDataset',
+        data_root=f'{shapes}/',
+        ann_file='annotations/instances_train.json',
+        data_prefix=dict(img='train/'),
+    )
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dataset))))
+    check_data_paths(cfg, ('train', 'val'))
+    inner = cfg.train_dataloader.dataset.dataset
+    inner.ann_file, inner.data_prefix.img = 'annotations/none.json', 'nowhere/'
+    with pytest.raises(FileNotFoundError) as error:
+        check_data_paths(cfg, ('train', 'val'))
+    assert f'{shapes}/annotations/none.json' in str(error.value)
+    assert f'train_dataloader.dataset.data_prefix.img: {shapes}/nowhere' in str(error.value)
+    inner.data_root = 's3://bucket/'
+    check_data_paths(cfg, ('train', 'val'))
+
+
+def check(shapes, classes=CLASSES, ann_file='annotations/instances_val.json', prefix='val/'):
+    dataset = CocoDataset(
+        data_root=str(shapes),
+        ann_file=ann_file,
+        data_prefix=dict(img=prefix),
+        metainfo=dict(classes=classes),
+    )
+    runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=dataset))
+    CheckDatasetHook().before_test(runner)
+
+
+def test_classes_must_match(shapes):
+    check(shapes)
+    check(shapes, classes=('circle', 'star'))
+    with pytest.raises(ValueError, match=r"do not have the classes \['hexagon'\].*'triangle'"):
+        check(shapes, classes=(*CLASSES, 'hexagon'))
+    with pytest.raises(ValueError, match=r"order.*\('circle', 'star'\)"):
+        check(shapes, classes=('star', 'circle'))
+
+
+def test_images_must_be_there(shapes, tmp_path):
+    with pytest.raises(FileNotFoundError, match='data_prefix'):
+        check(shapes, prefix='elsewhere/')
+    shutil.copytree(shapes / 'annotations', tmp_path / 'annotations')
+    empty = json.loads((shapes / 'annotations' / 'instances_val.json').read_text())
+    empty['images'] = empty['annotations'] = []
+    (tmp_path / 'annotations' / 'empty.json').write_text(json.dumps(empty))
+    with pytest.raises(ValueError, match='has no image'):
+        check(tmp_path, ann_file='annotations/empty.json')

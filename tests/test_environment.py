@@ -1,0 +1,123 @@
+"""Setting up an environment, and saying what is wrong with one."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from importlib import metadata
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import ROOT, run_python
+
+from mmsvit import check_env
+
+
+@pytest.fixture(scope='module')
+def setup_env() -> ModuleType:
+    spec = importlib.util.spec_from_file_location('setup_env', ROOT / 'tools' / 'setup_env.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_this_environment_is_ready(tmp_path):
+    output = run_python('-m', 'mmsvit.check_env', cwd=tmp_path).stdout
+    for part in ('torch', 'mmcv ops', 'family', 'triton', 'attention backend', 'READY'):
+        assert part in output
+
+
+def test_report_without_torch_names_the_fix(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise ModuleNotFoundError("No module named \'torch\'")')
+    code = f'import sys; sys.path.insert(0, {str(tmp_path)!r}); '
+    code += 'from mmsvit import check_env; check_env.main()'
+    result = run_python('-c', code, check=False)
+    assert result.returncode == 1 and 'NOT READY' in result.stdout
+    assert 'requirements.txt' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ('error', 'fix'),
+    [
+        ('operator torchvision::nms does not exist', 'torchvision==0.26.0'),
+        (
+            '/x/mmcv/_ext.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3c10',
+            'another torch',
+        ),
+        ("No module named 'mmcv._ext'", '--no-build-isolation'),
+        ("No module named 'pkg_resources'", 'setuptools<81'),
+        ('libGL.so.1: cannot open shared object file', 'libgl1'),
+        ('A module that was compiled using NumPy 1.x cannot be run', 'numpy==2.2.6'),
+        ('MMCV==2.3.6 is used but incompatible. Please install mmcv', 'requirements-openmmlab'),
+        ("No module named 'mmdet'", 'requirements.txt'),
+    ],
+)
+def test_known_errors_have_a_fix(error, fix):
+    assert fix in check_env.fix_for(error)
+
+
+def test_mixed_families_are_found(monkeypatch):
+    names = ['onedl-mmengine', 'mmcv-lite', 'torch']
+    found = [SimpleNamespace(metadata={'Name': name}) for name in names]
+    monkeypatch.setattr(metadata, 'distributions', lambda: found)
+    report = check_env.check()
+    (problem,) = (text for text, who in report.problems.items() if who == ['family'])
+    assert 'onedl-mmengine beside mmcv-lite' in problem
+
+
+@pytest.mark.parametrize('family', ['onedl', 'openmmlab'])
+def test_everything_is_pinned(setup_env, family):
+    pins, mmcv = setup_env.read_requirements(family)
+    assert all(re.fullmatch(r'[\w.-]+==[\w.]+', pin) for pin in [*pins, mmcv])
+    names = {pin.split('==')[0] for pin in [*pins, mmcv]}
+    assert set(check_env.FAMILIES[family].values()) <= names
+
+
+def test_wheels_are_told_apart_by_all_that_matters(setup_env, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    torch = dict(torch='2.11.0+cu130', cuda='13.0', python='cp311', machine='x86_64')
+    folders = {setup_env.wheel_folder('mmcv==2.1.0', torch, False)}
+    folders.add(setup_env.wheel_folder('onedl-mmcv==2.3.6', torch, False))
+    folders.add(setup_env.wheel_folder('mmcv==2.1.0', torch, True))
+    for key, value in (('torch', '2.12.0'), ('python', 'cp312'), ('machine', 'aarch64')):
+        folders.add(setup_env.wheel_folder('mmcv==2.1.0', {**torch, key: value}, False))
+    folders.add(setup_env.wheel_folder('mmcv==2.1.0', {**torch, 'cuda': '12.8'}, True))
+    assert len(folders) == 7 and all(tmp_path in folder.parents for folder in folders)
+
+
+def test_missing_pieces_have_messages(setup_env, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_env, 'NEEDED_GB', 1e9)
+    with pytest.raises(setup_env.SetupError, match='GB are free'):
+        setup_env.check_disk(tmp_path)
+    monkeypatch.setattr(setup_env.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(setup_env.SetupError, match='python3-venv'):
+        setup_env.check_python()
+    monkeypatch.setattr(setup_env, 'MIN_PYTHON', (4, 0))
+    with pytest.raises(setup_env.SetupError, match=r'Python 4\.0 to'):
+        setup_env.check_python()
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    torch = dict(torch='2.11.0', cuda=None, cuda_home=None, python='cp311', machine='x86_64')
+    with pytest.raises(setup_env.SetupError, match='g\\+\\+'):
+        setup_env.build_mmcv(tmp_path / 'python', 'mmcv==2.1.0', tmp_path, torch, False)
+    monkeypatch.setenv('CXX', sys.executable)
+    with pytest.raises(setup_env.SetupError, match='nvcc'):
+        setup_env.build_mmcv(tmp_path / 'python', 'mmcv==2.1.0', tmp_path, torch, True)
+
+
+@pytest.mark.parametrize(
+    ('output', 'message'),
+    [
+        ('OSError: [Errno 28] No space left on device', 'disk is full'),
+        ('Temporary failure in name resolution', 'no network'),
+        ('ERROR: No matching distribution found for torch==2.11.0', 'Python 3'),
+    ],
+)
+def test_pip_failures_are_explained(setup_env, output, message):
+    assert message in setup_env.explain_pip_failure(output)
+
+
+def test_an_environment_of_the_other_family_is_not_touched(setup_env, tmp_path):
+    (tmp_path / 'mmsvit-setup.json').write_text('{"family": "openmmlab", "finished": false}')
+    with pytest.raises(setup_env.SetupError, match='openmmlab'):
+        setup_env.set_up('onedl', tmp_path, dev=False)

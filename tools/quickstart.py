@@ -1,0 +1,132 @@
+"""Make a data set, train, evaluate, draw, and sum up: what quickstart.sh does after installation.
+
+Runs the commands that a user would run, and shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mmsvit.visualization import SHEET_CAPTION
+
+CONFIG = 'configs/svit_maskrcnn_shapes.py'
+DATA = Path('data/shapes')
+WORK_DIR = Path('work_dirs/quickstart')
+NUM_PICTURES = 4
+TILE = 240
+
+console = Console()
+
+
+def run(title: str, *arguments: str | Path) -> float:
+    """Run a tool with this Python, its output on the terminal; return the seconds it took."""
+    command = ['python', *map(str, arguments)]
+    console.rule(title)
+    console.print(f'$ {shlex.join(command)}', style='bold', highlight=False, soft_wrap=True)
+    start = time.monotonic()
+    result = subprocess.run([sys.executable, *command[1:]])
+    if result.returncode != 0:
+        sys.exit(f'\n{title} failed, see above')
+    return time.monotonic() - start
+
+
+def latest_checkpoint() -> Path | None:
+    """The last checkpoint of a training run that came to its end."""
+    record = WORK_DIR / 'last_checkpoint'
+    if not (WORK_DIR / 'finished').is_file() or not record.is_file():
+        return None
+    path = Path(record.read_text())
+    return path if path.is_file() else None
+
+
+def latest_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of the newest evaluation in a work folder."""
+    files = folder.glob('*/*.json')
+    return json.loads(max(files, key=lambda path: path.stat().st_mtime).read_text())
+
+
+def contact_sheet(images: list[Path], predictions: Path, super_tokens: Path) -> np.ndarray:
+    """Truth, prediction, and two pictures of stage 1's super tokens: a row for each image, BGR."""
+    rows = []
+    for image in images:
+        truth, prediction = np.hsplit(cv2.imread(str(predictions / image.name)), 2)
+        sheet = cv2.imread(str(super_tokens / f'{image.stem}.png'))
+        # A sheet has a caption above three squares for each stage: image, borders, colours.
+        side = sheet.shape[1] // 3
+        first = sheet[SHEET_CAPTION : SHEET_CAPTION + side]
+        tiles = [truth, prediction, first[:, side : 2 * side], first[:, 2 * side :]]
+        rows.append(
+            np.hstack(
+                [cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA) for tile in tiles]
+            )
+        )
+    return np.vstack(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--retrain', action='store_true', help='train again although it is done')
+    args = parser.parse_args()
+
+    seconds = {}
+    seconds['data'] = run('1/4 Data', 'tools/make_shapes_dataset.py', DATA)
+    checkpoint = None if args.retrain else latest_checkpoint()
+    if checkpoint is None:
+        (WORK_DIR / 'finished').unlink(missing_ok=True)
+        seconds['training'] = run('2/4 Training', 'tools/train.py', CONFIG, '--work-dir', WORK_DIR)
+        (WORK_DIR / 'finished').touch()
+        checkpoint = latest_checkpoint()
+    else:
+        console.print(f'2/4 Training: done before, {checkpoint} is there (--retrain trains again)')
+    predictions, super_tokens = WORK_DIR / 'predictions', WORK_DIR / 'super_tokens'
+    seconds['evaluation'] = run(
+        '3/4 Evaluation',
+        *('tools/test.py', CONFIG, checkpoint, '--work-dir', WORK_DIR / 'test'),
+        *('--show-dir', predictions),
+    )
+    images = sorted((DATA / 'val').glob('*.jpg'))[:NUM_PICTURES]
+    seconds['super tokens'] = run(
+        '4/4 Super tokens',
+        *('tools/visualize_super_tokens.py', *images, '--config', CONFIG),
+        *('--checkpoint', checkpoint, '--out-dir', super_tokens),
+    )
+
+    picture = WORK_DIR / 'quickstart.png'
+    cv2.imwrite(str(picture), contact_sheet(images, predictions, super_tokens))
+    metrics = latest_metrics(WORK_DIR / 'test')
+    table = Table(title='AP on the validation images, which training has not seen')
+    for column in ('', 'AP', 'AP50', 'AP75'):
+        table.add_column(column, justify='right' if column else 'left')
+    for name, kind in (('box', 'bbox'), ('mask', 'segm')):
+        values = [metrics[f'coco/{kind}_mAP{suffix}'] for suffix in ('', '_50', '_75')]
+        table.add_row(name, *(f'{value:.3f}' for value in values))
+    console.rule('Summary')
+    console.print(table)
+    took = ', '.join(f'{name} {value:.0f}' for name, value in seconds.items())
+    console.print(
+        f'Seconds:      {took}\n'
+        f'Checkpoint:   {checkpoint}\n'
+        f'Picture:      {picture} (truth, prediction, super tokens of stage 1)\n'
+        f'More:         {predictions}/ and {super_tokens}/\n\n'
+        'Next, on COCO: put the data under data/coco/ and the ImageNet weights under checkpoints/,\n'
+        'then  python tools/train.py configs/svit_maskrcnn_coco.py',
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == '__main__':
+    main()

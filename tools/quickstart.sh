@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained SViT Mask R-CNN with its AP and pictures, on a GPU or two CPU cores.
+# Sets up .venv first (see tools/setup_env.py, whose options it takes). Can be run again cheaply.
+#   bash tools/quickstart.sh [--family openmmlab] [--retrain]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+setup_options=() retrain=()
+for option in "$@"; do
+    if [ "$option" = --retrain ]; then retrain=(--retrain); else setup_options+=("$option"); fi
+done
+python=$(python3 tools/setup_env.py "${setup_options[@]}")
+exec "$python" tools/quickstart.py "${retrain[@]}"

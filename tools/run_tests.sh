@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Set up the environment (see tools/setup_env.py) and run all checks and tests.
+#   bash tools/run_tests.sh [--family openmmlab] [-- options of pytest]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+setup_options=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    setup_options+=("$1")
+    shift
+done
+[ $# -eq 0 ] || shift
+python=$(python3 tools/setup_env.py --dev "${setup_options[@]}")
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest "$@"

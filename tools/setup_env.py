@@ -1,0 +1,301 @@
+"""Set up a Python environment in which mmsvit runs, mmcv's compiled ops included.
+
+    python3 tools/setup_env.py                      # the onedl-* releases, into .venv
+    python3 tools/setup_env.py --family openmmlab   # OpenMMLab's own, into .venv-openmmlab
+
+An active virtual environment with a working stack is used as it is. Prints the path of the
+Python to use on the standard output, everything else on the standard error. Needs Python's
+standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = {'onedl': 'requirements.txt', 'openmmlab': 'requirements-openmmlab.txt'}
+DEV_REQUIREMENTS = 'requirements-dev.txt'
+MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 13)
+# An environment with torch's CUDA libraries is 5.6 GB; pip unpacks beside it.
+NEEDED_GB = 9
+
+
+class SetupError(Exception):
+    """Something is missing on this machine; the message says what, and how to get it."""
+
+
+def say(text: str) -> None:
+    """Tell the user."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> None:
+    """Run a command, its output on our standard error."""
+    subprocess.run(command, check=True, stdout=sys.stderr, env=env)
+
+
+def install(python: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    """Run pip install, and say in plain words why it failed where that can be told."""
+    command = [str(python), '-m', 'pip', 'install', '--disable-pip-version-check', *arguments]
+    process = subprocess.Popen(
+        command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
+    )
+    errors = []
+    for line in process.stderr:
+        errors.append(line)
+        sys.stderr.write(line)
+    if process.wait() != 0:
+        raise SetupError(explain_pip_failure(''.join(errors)))
+
+
+def explain_pip_failure(output: str) -> str:
+    """What to do about a failed pip install, from its error output."""
+    if re.search(r'No space left|Errno 28', output):
+        return f'the disk is full: about {NEEDED_GB} GB are needed, TMPDIR included'
+    if re.search(
+        r'Temporary failure in name|NewConnectionError|Connection (refused|reset)', output
+    ):
+        return 'no network: the package index cannot be reached. Check the proxy (HTTPS_PROXY, pip config)'
+    if re.search(r'No matching distribution|Could not find a version', output):
+        return (
+            f'a pinned package is not there for Python {sys.version_info[0]}.{sys.version_info[1]} '
+            'on this system, or there is no network; Python 3.11 on x86-64 Linux is what is tested'
+        )
+    return 'pip failed, see above'
+
+
+def check_python() -> None:
+    """Refuse a Python that cannot make the environment.
+
+    Raises:
+        SetupError: It is too old or too new, or cannot make virtual environments.
+    """
+    version = sys.version_info[:2]
+    if not MIN_PYTHON <= version <= MAX_PYTHON:
+        raise SetupError(
+            f'Python {MIN_PYTHON[0]}.{MIN_PYTHON[1]} to {MAX_PYTHON[0]}.{MAX_PYTHON[1]} is needed, '
+            f'this is {version[0]}.{version[1]} ({sys.executable})'
+        )
+    for module in ('venv', 'ensurepip'):
+        if importlib.util.find_spec(module) is None:
+            raise SetupError(
+                f"this Python has no '{module}' module: apt-get install python3-venv (Debian, Ubuntu)"
+            )
+
+
+def check_disk(folder: Path) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        SetupError: Less than :data:`NEEDED_GB` are free.
+    """
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < NEEDED_GB:
+        raise SetupError(f'{free:.1f} GB are free in {folder}, about {NEEDED_GB} GB are needed')
+
+
+def works(python: Path) -> bool:
+    """Whether mmsvit's own check passes in an environment."""
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    command = [str(python), '-m', 'mmsvit.check_env']
+    return subprocess.run(command, env=env, capture_output=True).returncode == 0
+
+
+def active_environment() -> Path | None:
+    """The Python of the virtual or conda environment that is active, if there is one."""
+    folder = os.environ.get('VIRTUAL_ENV') or os.environ.get('CONDA_PREFIX')
+    python = Path(folder, 'bin', 'python') if folder else None
+    return python if python and python.is_file() else None
+
+
+def read_requirements(family: str) -> tuple[list[str], str]:
+    """The pins of a family: all but mmcv's, and mmcv's."""
+    lines = (ROOT / REQUIREMENTS[family]).read_text().splitlines()
+    pins = [line.strip() for line in lines if line.strip() and not line.startswith('#')]
+    mmcv = next(pin for pin in pins if re.match(r'(onedl-)?mmcv==', pin))
+    return [pin for pin in pins if pin != mmcv], mmcv
+
+
+def describe_torch(python: Path) -> dict:
+    """What decides how mmcv is built, asked from the torch in an environment."""
+    code = (
+        'import json, platform, sys, torch; from torch.utils import cpp_extension; '
+        'print(json.dumps(dict(torch=torch.__version__, cuda=torch.version.cuda, '
+        'gpu=torch.cuda.is_available(), cuda_home=cpp_extension.CUDA_HOME, '
+        'python="cp%d%d" % sys.version_info[:2], machine=platform.machine())))'
+    )
+    result = subprocess.run([str(python), '-c', code], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SetupError(f'torch does not import:\n{result.stderr}')
+    return json.loads(result.stdout)
+
+
+def wheel_folder(mmcv: str, torch: dict, with_cuda: bool) -> Path:
+    """Where a built mmcv is kept: one folder for each combination that its binary depends on."""
+    cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    compute = f'cuda{torch["cuda"]}' if with_cuda else 'cpu'
+    key = f'{mmcv.replace("==", "-")}-torch{torch["torch"]}-{compute}-{torch["python"]}-{torch["machine"]}'
+    return Path(cache) / 'mmsvit' / 'wheels' / key
+
+
+def build_mmcv(python: Path, mmcv: str, folder: Path, torch: dict, with_cuda: bool) -> None:
+    """Build a wheel of mmcv with compiled ops into ``folder``, showing the progress.
+
+    Raises:
+        SetupError: There is no compiler, or the build failed.
+    """
+    compiler = os.environ.get('CXX', 'c++')
+    if shutil.which(compiler) is None:
+        raise SetupError(
+            f"no C++ compiler ({compiler}) to build mmcv's ops: apt-get install g++ (Debian, Ubuntu)"
+        )
+    if with_cuda and torch['cuda_home'] is None:
+        raise SetupError(
+            f"there is a GPU, but no CUDA toolkit (nvcc) to build mmcv's ops for it: install CUDA "
+            f'{torch["cuda"]}, set CUDA_HOME, or set FORCE_CUDA=0 to go on without the GPU'
+        )
+    jobs = os.environ.get('MAX_JOBS', str(os.cpu_count() or 1))
+    env = dict(
+        os.environ,
+        MMCV_WITH_OPS='1',
+        FORCE_CUDA='1' if with_cuda else '0',
+        MAX_JOBS=jobs,
+        # Without debug information: a third of the time, a twentieth of the space.
+        CFLAGS=os.environ.get('CFLAGS', '-g0 -O2'),
+        PATH=f'{python.parent}{os.pathsep}{os.environ["PATH"]}',  # where ninja is
+    )
+    say(
+        f'building {mmcv} with {"CUDA" if with_cuda else "CPU"} ops, {jobs} jobs; 5 to 30 minutes, once'
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    log_file = folder / 'build.log'
+    # Unlike pip's cache, the folder tells builds for different versions of torch apart.
+    command = [str(python), '-m', 'pip', 'wheel', '-v', '--no-build-isolation', '--no-deps']
+    command += ['--no-cache-dir', '--no-binary', ':all:', '-w', str(folder), mmcv]
+    with log_file.open('w') as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        )
+        shown = ''
+        for line in process.stdout:
+            log.write(line)
+            step = re.match(r'\s*\[(\d+)/(\d+)\]', line)
+            if step:
+                shown = f'  mmcv: {step.group(1)} of {step.group(2)} files compiled'
+                # A terminal gets one line that counts, a log file a line now and then.
+                if sys.stderr.isatty():
+                    sys.stderr.write(f'\r{shown}')
+                    sys.stderr.flush()
+                elif int(step.group(1)) % 10 == 0:
+                    say(shown)
+        if shown and sys.stderr.isatty():
+            say('')
+        if process.wait() != 0:
+            tail = ''.join(log_file.read_text().splitlines(keepends=True)[-15:])
+            raise SetupError(f'building {mmcv} failed:\n{tail}\nThe whole log: {log_file}')
+
+
+def install_mmcv(python: Path, mmcv: str) -> None:
+    """Install mmcv with working compiled ops, from the cache or newly built.
+
+    Raises:
+        SetupError: Its ops do not run although they were just built.
+    """
+    torch = describe_torch(python)
+    forced = os.environ.get('FORCE_CUDA')
+    with_cuda = torch['gpu'] if forced is None else forced == '1'
+    folder = wheel_folder(mmcv, torch, with_cuda)
+    code = (
+        'import torch, mmcv.ops; mmcv.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5)'
+    )
+    for attempt in ('cached', 'built'):
+        if attempt == 'built':
+            build_mmcv(python, mmcv, folder, torch, with_cuda)
+        wheels = sorted(folder.glob('*.whl'))
+        if not wheels:
+            continue
+        say(f'installing {attempt} {wheels[0]}')
+        install(python, '--quiet', '--no-deps', '--no-index', '--force-reinstall', str(wheels[0]))
+        result = subprocess.run([str(python), '-c', code], capture_output=True, text=True)
+        if result.returncode == 0:
+            return
+        wheels[0].unlink()  # Broken: do not offer it again.
+    raise SetupError(f"mmcv's ops do not run although they were built just now:\n{result.stderr}")
+
+
+def set_up(family: str, venv: Path, dev: bool) -> Path:
+    """Make the environment ``venv`` or bring it up to date.
+
+    Returns:
+        Its Python.
+    """
+    python = venv / 'bin' / 'python'
+    files = [REQUIREMENTS[family], *([DEV_REQUIREMENTS] if dev else []), 'setup.py']
+    contents = [(ROOT / file).read_text() for file in files]
+    wanted = dict(family=family, checkout=str(ROOT), dev=dev)
+    wanted['digest'] = hashlib.sha256('\0'.join(contents).encode()).hexdigest()
+    stamp = venv / 'mmsvit-setup.json'
+    if stamp.is_file():
+        there = json.loads(stamp.read_text())
+        if there['family'] != family:
+            raise SetupError(
+                f'{venv} holds the {there["family"]} family, and the two cannot share an '
+                'environment: remove it, or name another with --venv'
+            )
+        if there == wanted and works(python):
+            say(f'{venv} is set up already')
+            return python
+    if not python.is_file():
+        check_python()
+        check_disk(venv.parent)
+        say(f'making {venv}')
+        run([sys.executable, '-m', 'venv', str(venv)])
+    stamp.write_text(json.dumps(dict(family=family, finished=False)))
+    pins, mmcv = read_requirements(family)
+    install(python, *pins)
+    install_mmcv(python, mmcv)
+    if dev:
+        install(python, '-r', DEV_REQUIREMENTS)
+    install(python, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
+    run([str(python), '-m', 'mmsvit.check_env'])
+    stamp.write_text(json.dumps(wanted))
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--family', choices=sorted(REQUIREMENTS), default='onedl')
+    parser.add_argument('--venv', type=Path, help='folder of the environment')
+    parser.add_argument('--dev', action='store_true', help=f'also install {DEV_REQUIREMENTS}')
+    args = parser.parse_args()
+
+    active = active_environment()
+    try:
+        if active and args.venv is None and works(active):
+            say(f'using the active environment, which works: {active}')
+            install(active, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
+            if args.dev:
+                install(active, '-r', DEV_REQUIREMENTS)
+            print(active)
+            return
+        default = '.venv' if args.family == 'onedl' else f'.venv-{args.family}'
+        print(set_up(args.family, (args.venv or ROOT / default).absolute(), args.dev))
+    except SetupError as error:
+        sys.exit(f'\ncannot set up the environment: {error}')
+    except subprocess.CalledProcessError as error:
+        sys.exit(f'\ncannot set up the environment: {" ".join(error.cmd)} failed, see above')
+
+
+if __name__ == '__main__':
+    main()
