@@ -97,7 +97,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with get_local_path(path) as file, torch.serialization.safe_globals(_allowed_globals()):
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         refused = re.search(
             r'GLOBAL (\S+) was not an allowed global|getattr\(.*\) is not', str(error)
         )

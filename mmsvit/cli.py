@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 
-from .data_check import check_data_paths
+from .data_check import check_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     """Read the config of ``args``, apply the options, and check that its data is there.
 
-    Also joins the process group of a distributed run without GPUs: MMEngine's own
-    start-up insists on CUDA.
+    Also prepares a distributed run without GPUs, for which MMEngine's own start-up and
+    model wrapper insist on CUDA devices.
 
     Args:
         args: With ``config`` and the options of :func:`add_arguments`.
@@ -44,6 +44,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
 
     Raises:
         FileNotFoundError: The config or data it names does not exist.
+        ValueError: The data does not have the classes of the config.
     """
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
@@ -53,9 +54,13 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
-    check_data_paths(cfg, splits)
+    check_data(cfg, splits)
 
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         torch.distributed.init_process_group('gloo')
+        cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel'))
+        cfg.model_wrapper_cfg.update(
+            device_ids=None, find_unused_parameters=cfg.get('find_unused_parameters', False)
+        )
     return cfg

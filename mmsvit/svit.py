@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from mmengine.logging import print_log
@@ -217,16 +217,18 @@ class SuperTokenBlock(nn.Module):
 
 
 @contextlib.contextmanager
-def _frozen_running_statistics(module: nn.Module):
+def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     """Keep batch norms from counting a batch that is only computed again."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, num_batches_tracked) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(num_batches_tracked)
 
 
 class Stage(nn.Module):

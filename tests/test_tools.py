@@ -106,7 +106,7 @@ from mmdet.apis import DetInferencer, inference_detector, init_detector
 config, checkpoint, image, out = sys.argv[1:]
 model = init_detector(config, checkpoint, device='cpu')
 single = inference_detector(model, image)
-several = inference_detector(model, [image, np.zeros((47, 95, 3), np.uint8)])
+several = inference_detector(model, [np.zeros((47, 95, 3), np.uint8), np.ones((80, 33, 3), np.uint8)])
 assert len(several) == 2 and 'masks' in several[1].pred_instances
 assert model.dataset_meta['classes'][4] == 'ring'
 inferencer = DetInferencer(model=config, weights=checkpoint, device='cpu')
@@ -158,16 +158,20 @@ def test_two_processes(shapes, tmp_path):
 )
 def test_bad_input_ends_before_training(tool, change, message, shapes, tmp_path):
     changes = {
-        'data': ['train_dataloader.dataset.data_root=none/'],
-        'classes': ["train_dataloader.dataset.metainfo.classes=\"('circle','hexagon')\""],
-        'checkpoint': [
-            'model.backbone.init_cfg.type=Pretrained',
-            'model.backbone.init_cfg.checkpoint=x.pth',
-        ],
-        'heads': ['model.roi_head.bbox_head.num_classes=7'],
+        'data': "train_dataloader = dict(dataset=dict(data_root='none/'))",
+        'classes': "train_dataloader = dict(dataset=dict(metainfo=dict(classes=('circle', 'hexagon'))))",
+        'checkpoint': "pretrained = dict(_delete_=True, type='Pretrained', checkpoint='x.pth')\n"
+        'model = dict(backbone=dict(init_cfg=pretrained))',
+        'heads': 'model = dict(roi_head=dict(bbox_head=dict(num_classes=7)))',
     }
+    config = tmp_path / 'changed.py'
     path = {'train': ROOT / 'tools', 'mmdet': MMDET_TOOLS}[tool] / 'train.py'
-    arguments = [path, CONFIG, '--work-dir', tmp_path, *options(shapes, *changes[change])]
+    changed = [] if change == 'data' else [f'train_dataloader.dataset.data_root={shapes}/']
+    config.write_text(f'_base_ = {str(CONFIG)!r}\n{changes[change]}\n')
+    rest = [
+        option for option in options(shapes) if not option.startswith('train_dataloader.dataset')
+    ]
+    arguments = [path, config, '--work-dir', tmp_path, *rest, *changed]
     result = run_python(*arguments, cwd=tmp_path, check=False)
     assert result.returncode != 0 and message in result.stderr, result.stderr[-2000:]
     assert 'Epoch(train)' not in result.stdout + result.stderr
@@ -192,7 +196,7 @@ def test_auto_scale_lr_is_applied(shapes, tmp_path):
     more = ('train_dataloader.batch_size=2', 'train_cfg.max_epochs=0')
     arguments = ['--work-dir', tmp_path, '--auto-scale-lr', *options(shapes, *more)]
     result = run_python(ROOT / 'tools' / 'train.py', CONFIG, *arguments, cwd=tmp_path, check=False)
-    assert 'LR has been automatically scaled' in result.stdout + result.stderr
+    assert 'Scaling the original LR by 0.5' in result.stdout + result.stderr
 
 
 def test_scripts_say_how_to_call_them():
