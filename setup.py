@@ -10,6 +10,10 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 
 
+# Tools that set up a checkout make no sense in an installed package.
+CHECKOUT_ONLY = ('__pycache__', 'setup_env.py', 'quickstart.*', 'run_tests.sh')
+
+
 class BuildWithConfigs(build_py):
     """Copy what MIM expects beside the package into ``mmsvit/.mim``."""
 
@@ -20,7 +24,7 @@ class BuildWithConfigs(build_py):
                 shutil.copytree(
                     ROOT / name,
                     Path(self.build_lib, 'mmsvit', '.mim', name),
-                    ignore=shutil.ignore_patterns('__pycache__'),
+                    ignore=shutil.ignore_patterns(*CHECKOUT_ONLY),
                     dirs_exist_ok=True,
                 )
 

@@ -43,4 +43,7 @@ optim_wrapper = dict(
 # The learning rate is for 8 GPUs with 2 images each; --auto-scale-lr fits it to others.
 auto_scale_lr = dict(base_batch_size=16)
 
+# Not for the backbone, which is found by its type: inferencers read a checkpoint before they
+# build the model, and with OpenMMLab's MMEngine on torch 2.6 or later cannot without this.
+custom_imports = dict(imports=['mmsvit.checkpoint'], allow_failed_imports=False)
 custom_hooks = [dict(type='mmsvit.CheckDatasetHook'), dict(type='NumClassCheckHook')]

@@ -49,8 +49,8 @@ KNOWN_ERRORS = (
     (
         r"No module named 'mmcv\._ext'|compiled with ops|mmcv\.ops.*not (found|available)",
         "mmcv was installed without its compiled ops. Build them, after torch and without pip's "
-        'isolation: MMCV_WITH_OPS=1 pip install --force-reinstall --no-deps --no-build-isolation '
-        '--no-cache-dir onedl-mmcv==2.3.6',
+        'isolation; the last lines of requirements.txt (requirements-openmmlab.txt for '
+        "OpenMMLab's own releases) say how",
     ),
     (
         r"No module named 'pkg_resources'",
@@ -204,7 +204,7 @@ def check() -> Report:
     report.run('torch', _check_torch)
     report.run('CUDA', _check_cuda)
     report.run('triton', _version('triton'), required=False)
-    report.run('torchvision', _check_torchvision)
+    report.run('torchvision', _check_torchvision, required=False)
     report.run('numpy', _version('numpy'))
     report.run('opencv', _version('cv2'))
     _check_families(report)

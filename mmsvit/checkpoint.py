@@ -55,27 +55,29 @@ def _history_buffer_method(owner: type, name: str) -> Any:
 
 def _allowed_globals() -> list:
     """What a checkpoint may hold beside tensors and plain Python data; nothing here runs code."""
-    core = np.core if int(np.__version__.split('.')[0]) < 2 else np._core
+    multiarray = (np.core if int(np.__version__.split('.')[0]) < 2 else np._core).multiarray
     dtypes = [type(np.dtype(name)) for name in ('f8', 'f4', 'i8', 'i4', '?')]
+    # numpy 2 renamed the module; files of either generation are read under both.
+    functions = [
+        (getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
+        for core in ('core', '_core')
+        for name in ('_reconstruct', 'scalar')
+    ]
     return [
         argparse.Namespace,
         HistoryBuffer,
         (_history_buffer_method, 'builtins.getattr'),
         np.ndarray,
         np.dtype,
-        core.multiarray._reconstruct,
-        core.multiarray.scalar,
+        *functions,
         *dtypes,
     ]
 
 
-def allow_runner_checkpoints() -> None:
-    """Let torch's weights-only mode read what MMEngine's runner saves, in this process.
-
-    Since torch 2.6 that mode is the default, and OpenMMLab's own MMEngine relies on the
-    default: without this it cannot read its own checkpoints.
-    """
-    torch.serialization.add_safe_globals(_allowed_globals())
+# Since torch 2.6 the weights-only mode is the default, and OpenMMLab's own MMEngine relies on
+# the default: without this it cannot read its own runner's checkpoints. The configs import
+# this module for it, since inferencers read the checkpoint before they build the model.
+torch.serialization.add_safe_globals(_allowed_globals())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -97,9 +99,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with get_local_path(path) as file, torch.serialization.safe_globals(_allowed_globals()):
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+    except PermissionError:
+        raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         refused = re.search(
-            r'GLOBAL (\S+) was not an allowed global|getattr\(.*\) is not', str(error)
+            r'GLOBAL (\S+) (?:was not an allowed|whose module)|getattr\(.*\) is not', str(error)
         )
         if refused:
             raise ValueError(
@@ -146,6 +150,7 @@ def backbone_state_dict(
     if prefix is None and any(key.startswith('backbone.') for key in weights):
         prefix = 'backbone.'
     if prefix:
+        prefix = prefix.rstrip('.') + '.'
         found = {key[len(prefix) :]: v for key, v in weights.items() if key.startswith(prefix)}
         if not found:
             raise ValueError(f'no weights start with {prefix!r}; found {_some(weights)}')

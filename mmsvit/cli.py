@@ -60,7 +60,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         torch.distributed.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel'))
-        cfg.model_wrapper_cfg.update(
-            device_ids=None, find_unused_parameters=cfg.get('find_unused_parameters', False)
+        cfg.model_wrapper_cfg.device_ids = None
+        cfg.model_wrapper_cfg.setdefault(
+            'find_unused_parameters', cfg.get('find_unused_parameters', False)
         )
     return cfg

@@ -24,9 +24,6 @@ def config_path(name: str) -> str:
         if (folder / name).is_file():
             return str(folder / name)
     found = sorted(
-        str(path.relative_to(folder))
-        for folder in folders
-        for path in folder.rglob('*.py')
-        if '_base_' not in path.parts
+        str(path.relative_to(folder)) for folder in folders for path in folder.rglob('*.py')
     )
     raise FileNotFoundError(f'mmsvit has no config {name!r}; it has {", ".join(found) or "none"}')

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.fileio import get_local_path
+from mmengine.fileio import list_from_file
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
@@ -31,10 +31,11 @@ def _dataset_configs(cfg: dict) -> Iterator[dict]:
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     """Check the data that a config names, before anything is built.
 
-    Every file and folder must be there, and COCO annotations must have the classes of the
-    config, in that order. MMDetection by itself ends in "need at least one array to
-    concatenate" where no class matches, trains without those that do not, and shows wrong
-    names where the order differs. Paths on a storage service (``s3://...``) are left to its
+    Every file and folder must be there, an evaluator must use the annotations of its data
+    set, and COCO annotations must have the classes of the config, in that order.
+    MMDetection by itself ends in "need at least one array to concatenate" where no class
+    matches, trains without those that do not, and shows wrong names where the order
+    differs. Paths on a storage service (``s3://...``, ``backend_args``) are left to its
     client.
 
     Args:
@@ -43,65 +44,108 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
 
     Raises:
         FileNotFoundError: Something is not there; the message lists all that is not.
-        ValueError: Classes do not match; the message names them.
+        ValueError: Annotations cannot be read, or do not match.
     """
-    named = [
-        (split, dataset)
+    datasets = {
+        split: [
+            dataset
+            for dataset in _dataset_configs(cfg[f'{split}_dataloader']['dataset'])
+            if not dataset.get('backend_args')
+        ]
         for split in splits
         if cfg.get(f'{split}_dataloader')
-        for dataset in _dataset_configs(cfg[f'{split}_dataloader']['dataset'])
-    ]
-    missing = [line for split, dataset in named for line in _missing_paths(split, dataset)]
+    }
+    missing = []
+    for split, parts in datasets.items():
+        for part in parts:
+            missing += _missing_paths(split, part)
+        files = {_local(part.get('data_root'), part.get('ann_file')) for part in parts}
+        for evaluator in _as_list(cfg.get(f'{split}_evaluator')):
+            file = _local(None, evaluator.get('ann_file'))
+            if file is None or evaluator.get('backend_args'):
+                continue
+            if not file.exists():
+                missing.append(f'{split}_evaluator.ann_file: {file.absolute()}')
+            elif files - {None} and file.resolve() not in {f.resolve() for f in files if f}:
+                raise ValueError(
+                    f'{split}_evaluator.ann_file is {str(file)!r}, but the data set has '
+                    f'{[str(f) for f in files if f]}: set both to the same file'
+                )
     if missing:
         raise FileNotFoundError(
             'the config names data that is not there:\n  '
             + '\n  '.join(missing)
             + '\nPut the data there, or set data_root, ann_file and data_prefix of the data sets '
-            '(val_evaluator.ann_file too) to where it is.'
+            'and ann_file of the evaluators to where it is.'
         )
     with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-        for split, dataset in named:
-            kind = registry.get(dataset['type'])
-            path = (dataset.get('data_root') or '') + (dataset.get('ann_file') or '')
-            if hasattr(kind, 'COCOAPI') and '://' not in path:
-                metainfo = {**kind.METAINFO, **(dataset.get('metainfo') or {})}
-                ann_file = Path(dataset.get('data_root') or '') / dataset['ann_file']
-                check_classes(split, str(ann_file), metainfo.get('classes'))
+        for split, parts in datasets.items():
+            for part in parts:
+                kind = (
+                    part['type'] if isinstance(part['type'], type) else registry.get(part['type'])
+                )
+                file = _local(part.get('data_root'), part.get('ann_file'))
+                if file is not None and hasattr(kind, 'COCOAPI'):
+                    classes = {**kind.METAINFO, **(part.get('metainfo') or {})}.get('classes')
+                    check_classes(split, str(file), classes, kind)
+
+
+def _as_list(value: dict | list | None) -> list[dict]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _local(root: str | None, path: str | None) -> Path | None:
+    """A path below a data root, unless it is not given or not on this machine."""
+    if not path or '://' in (root or '') + path:
+        return None
+    return Path(root or '') / path
 
 
 def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
-    root = dataset.get('data_root') or ''
-    named = {'ann_file': dataset.get('ann_file')}
+    root = dataset.get('data_root')
+    named = {'data_root': _local(None, root), 'ann_file': _local(root, dataset.get('ann_file'))}
     prefixes = dataset.get('data_prefix')
     if isinstance(prefixes, str):
-        named['data_prefix'] = prefixes
+        named['data_prefix'] = _local(root, prefixes)
     elif prefixes:
-        named.update((f'data_prefix.{key}', value) for key, value in prefixes.items())
-    for name, value in named.items():
-        if value and '://' not in root + value and not (Path(root) / value).exists():
-            yield f'{split}_dataloader.dataset.{name}: {(Path(root) / value).absolute()}'
+        named.update((f'data_prefix.{key}', _local(root, value)) for key, value in prefixes.items())
+    for name, path in named.items():
+        if path is not None and not path.exists():
+            yield f'{split}_dataloader.dataset.{name}: {path.absolute()}'
 
 
 @cache  # COCO's file takes seconds to read, and both checks want it.
 def _category_names(ann_file: str) -> list[str]:
-    with get_local_path(ann_file) as file:
-        annotations = json.loads(Path(file).read_text())
-    return [category['name'] for category in annotations.get('categories', [])]
+    try:
+        categories = json.loads(Path(ann_file).read_text())['categories']
+        return [category['name'] for category in categories]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{ann_file!r} is not an annotation file in COCO format '
+            f'({type(error).__name__}: {error})'
+        ) from error
 
 
-def check_classes(split: str, ann_file: str, classes: Sequence[str] | None) -> None:
+def check_classes(
+    split: str, ann_file: str, classes: Sequence[str] | str | None, kind: type
+) -> None:
     """Check the classes of a config against an annotation file in COCO format.
 
     Args:
         split: For the message.
         ann_file: The annotation file.
-        classes: Those of the config; None if it names none.
+        classes: Those of the config: names, a text file of them, or None for any.
+        kind: The class of the data set.
 
     Raises:
-        ValueError: The file lacks some, or has them in another order.
+        ValueError: The file cannot be read, lacks some, or has them in another order.
     """
     if classes is None:
         return
+    if isinstance(classes, str):
+        classes = list_from_file(classes)
     names = _category_names(ann_file)
     absent = [name for name in classes if name not in names]
     if absent:
@@ -111,7 +155,9 @@ def check_classes(split: str, ann_file: str, classes: Sequence[str] | None) -> N
             'the file (and num_classes of the heads to how many they are).'
         )
     in_file_order = [name for name in names if name in classes]
-    if in_file_order != list(classes):
+    # A subclass with its own way to load may order them by itself, as Objects365's do.
+    plain = kind.load_data_list.__qualname__ == 'CocoDataset.load_data_list'
+    if plain and in_file_order != list(classes):
         raise ValueError(
             f'metainfo.classes of the {split} data set is in another order than {ann_file!r}, '
             f'which decides the labels. Set it to {tuple(in_file_order)}'
@@ -131,9 +177,10 @@ def _datasets(dataset: object) -> Iterator[BaseDataset]:
 
 @HOOKS.register_module()
 class CheckDatasetHook(Hook):
-    """Check the data sets before the first iteration, whichever tool started the run.
+    """Check built data sets before the first iteration, whichever tool started the run.
 
-    The classes as :func:`check_data` does, and that the first image exists.
+    The classes as :func:`check_data` does, and that the first image exists. (A stock tool
+    fails by itself, if less clearly, where files are missing or no class matches.)
     """
 
     priority = 'VERY_HIGH'
@@ -158,8 +205,11 @@ class CheckDatasetHook(Hook):
 
     def _check(self, split: str, dataset: object) -> None:
         for part in _datasets(dataset):
-            if hasattr(part, 'COCOAPI'):
-                check_classes(split, part.ann_file, part.metainfo.get('classes'))
+            if getattr(part, 'backend_args', None):
+                continue
+            if hasattr(part, 'COCOAPI') and '://' not in part.ann_file:
+                classes = part.metainfo.get('classes')
+                check_classes(split, part.ann_file, classes, type(part))
             image = part.get_data_info(0).get('img_path')
             if image and '://' not in image and not Path(image).is_file():
                 raise FileNotFoundError(

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import allow_runner_checkpoints, load_pretrained
+from .checkpoint import load_pretrained
 from .registry import MODELS
 from .super_token_attention import SuperTokenAttention
 
@@ -64,6 +65,10 @@ NORM_LAYERS = {'BN': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _resolve_arch(arch: str | dict, super_token_sizes: Sequence | None) -> dict[str, tuple]:
@@ -114,12 +119,35 @@ def _resolve_arch(arch: str | dict, super_token_sizes: Sequence | None) -> dict[
         )
     arch['super_token_sizes'] = tuple(sizes)
     for value in arch['layer_scale']:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is not None and not _is_number(value):
             raise ValueError(
                 'layer_scale holds the initial value of each stage or None for no layer scale, '
                 f'found {arch["layer_scale"]}'
             )
     return arch
+
+
+def _find_pretrained(init_cfg: dict | list | None) -> dict | None:
+    """The entry of ``init_cfg`` that names a checkpoint, in any of the ways MMEngine allows."""
+    entries = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    found = [
+        entry
+        for entry in entries
+        if isinstance(entry, dict)
+        and (
+            entry.get('type') is PretrainedInit
+            or str(entry.get('type')).rpartition('.')[2] in ('Pretrained', 'PretrainedInit')
+        )
+    ]
+    if not found:
+        return None
+    if len(entries) > 1:
+        raise ValueError(
+            f'init_cfg of type Pretrained must be alone: it sets every weight; found {init_cfg}'
+        )
+    if not found[0].get('checkpoint'):
+        raise ValueError(f'init_cfg of type Pretrained needs a checkpoint, found {found[0]}')
+    return found[0]
 
 
 def _build_norm(norm_cfg: dict, channels: int) -> nn.Module:
@@ -320,6 +348,7 @@ class SViT(BaseModule):
         super().__init__(init_cfg=init_cfg)
         arch = _resolve_arch(arch, super_token_sizes)
         self._check_arguments(
+            embed_dims=arch['embed_dims'],
             in_channels=in_channels,
             mlp_ratio=mlp_ratio,
             rates=dict(
@@ -330,9 +359,7 @@ class SViT(BaseModule):
             norm_cfg=norm_cfg,
             out_norm_cfg=out_norm_cfg,
         )
-        # Stock tools load the runner's checkpoints after they have built the model.
-        allow_runner_checkpoints()
-
+        self.pretrained = _find_pretrained(init_cfg)
         self.arch = arch
         self.in_channels = in_channels
         self.out_indices = tuple(out_indices)
@@ -395,6 +422,7 @@ class SViT(BaseModule):
 
     @staticmethod
     def _check_arguments(
+        embed_dims: tuple[int, ...],
         in_channels: int,
         mlp_ratio: float,
         rates: dict[str, float],
@@ -407,10 +435,10 @@ class SViT(BaseModule):
             raise ValueError(
                 f'in_channels must be a whole number of 1 or more, found {in_channels!r}'
             )
-        if not mlp_ratio > 0:
-            raise ValueError(f'mlp_ratio must be positive, found {mlp_ratio!r}')
+        if not _is_number(mlp_ratio) or int(mlp_ratio * min(embed_dims)) < 1:
+            raise ValueError(f'mlp_ratio must make the FFN at least 1 wide, found {mlp_ratio!r}')
         for name, rate in rates.items():
-            if not 0 <= rate < 1:
+            if not _is_number(rate) or not 0 <= rate < 1:
                 raise ValueError(f'{name} must be in [0, 1), found {rate!r}')
         if (
             not isinstance(out_indices, (list, tuple))
@@ -454,8 +482,8 @@ class SViT(BaseModule):
             FileNotFoundError: The checkpoint does not exist.
             ValueError: The checkpoint is not one of this model; the message names the keys.
         """
-        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
-            load_pretrained(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
+        if self.pretrained is not None:
+            load_pretrained(self, self.pretrained['checkpoint'], self.pretrained.get('prefix'))
             return
         if self.norm_eval:
             print_log(

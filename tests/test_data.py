@@ -92,6 +92,9 @@ def test_missing_paths_are_all_named(shapes):
         check_data(cfg, ('train', 'val'))
     assert f'{shapes}/annotations/none.json' in str(error.value)
     assert f'train_dataloader.dataset.data_prefix.img: {shapes}/nowhere' in str(error.value)
+    inner.backend_args = dict(backend='petrel')
+    check_data(cfg, ('train', 'val'))
+    inner.pop('backend_args')
     inner.data_root = 's3://bucket/'
     check_data(cfg, ('train', 'val'))
 
@@ -119,3 +122,48 @@ def test_classes_must_match(shapes):
 def test_images_must_be_there(shapes):
     with pytest.raises(FileNotFoundError, match='data_prefix'):
         check(shapes, prefix='elsewhere/')
+
+
+def validation(shapes, **changes):
+    dataset = dict(
+        type=CocoDataset,
+        data_root=f'{shapes}/',
+        ann_file='annotations/instances_val.json',
+        data_prefix=dict(img='val/'),
+        metainfo=dict(classes=CLASSES),
+    )
+    evaluator = dict(type='CocoMetric', ann_file=f'{shapes}/annotations/instances_val.json')
+    evaluator.update(changes.pop('evaluator', {}))
+    dataset.update(changes)
+    loader = dict(dataset=dataset)
+    return dict(val_dataloader=loader, val_evaluator=[evaluator], default_scope='mmdet')
+
+
+def test_evaluator_must_use_the_same_annotations(shapes):
+    check_data(Config(validation(shapes)), ('val',))
+    other = dict(ann_file=f'{shapes}/annotations/instances_train.json')
+    with pytest.raises(ValueError, match=r'val_evaluator\.ann_file.*same file'):
+        check_data(Config(validation(shapes, evaluator=other)), ('val',))
+    with pytest.raises(FileNotFoundError, match=r'val_evaluator\.ann_file: .*none\.json'):
+        check_data(Config(validation(shapes, evaluator=dict(ann_file='none.json'))), ('val',))
+
+
+def test_classes_may_be_a_file(shapes, tmp_path):
+    (tmp_path / 'classes.txt').write_text('\n'.join(CLASSES))
+    metainfo = dict(classes=str(tmp_path / 'classes.txt'))
+    check_data(Config(validation(shapes, metainfo=metainfo)), ('val',))
+
+
+def test_data_sets_that_sort_classes_by_themselves_are_left_to_it(shapes):
+    metainfo = dict(classes=('star', 'circle'))
+    check_data(Config(validation(shapes, type='Objects365V1Dataset', metainfo=metainfo)), ('val',))
+
+
+def test_annotations_in_another_format_are_named(shapes, tmp_path):
+    (tmp_path / 'list.json').write_text('[1, 2]')
+    (tmp_path / 'cut.json').write_text('{"images": [')
+    for name in ('list.json', 'cut.json'):
+        changes = dict(ann_file=str(tmp_path / name), data_root='', data_prefix={})
+        cfg = Config(validation(shapes, **changes, evaluator=dict(ann_file=None)))
+        with pytest.raises(ValueError, match=f'{name}.*not an annotation file in COCO format'):
+            check_data(cfg, ('val',))

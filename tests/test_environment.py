@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -45,7 +47,7 @@ def test_report_without_torch_names_the_fix(tmp_path):
             '/x/mmcv/_ext.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3c10',
             'another torch',
         ),
-        ("No module named 'mmcv._ext'", '--no-build-isolation'),
+        ("No module named 'mmcv._ext'", 'the last lines of requirements.txt'),
         ("No module named 'pkg_resources'", 'setuptools<81'),
         ('libGL.so.1: cannot open shared object file', 'libgl1'),
         ('A module that was compiled using NumPy 1.x cannot be run', 'numpy==2.2.6'),
@@ -77,13 +79,15 @@ def test_everything_is_pinned(setup_env, family):
 def test_wheels_are_told_apart_by_all_that_matters(setup_env, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     torch = dict(torch='2.11.0+cu130', cuda='13.0', python='cp311', machine='x86_64')
+    torch['arch'] = ['sm90']
     folders = {setup_env.wheel_folder('mmcv==2.1.0', torch, False)}
     folders.add(setup_env.wheel_folder('onedl-mmcv==2.3.6', torch, False))
     folders.add(setup_env.wheel_folder('mmcv==2.1.0', torch, True))
     for key, value in (('torch', '2.12.0'), ('python', 'cp312'), ('machine', 'aarch64')):
         folders.add(setup_env.wheel_folder('mmcv==2.1.0', {**torch, key: value}, False))
-    folders.add(setup_env.wheel_folder('mmcv==2.1.0', {**torch, 'cuda': '12.8'}, True))
-    assert len(folders) == 7 and all(tmp_path in folder.parents for folder in folders)
+    for key, value in (('cuda', '12.8'), ('arch', ['sm80'])):
+        folders.add(setup_env.wheel_folder('mmcv==2.1.0', {**torch, key: value}, True))
+    assert len(folders) == 8 and all(tmp_path in folder.parents for folder in folders)
 
 
 def test_missing_pieces_have_messages(setup_env, monkeypatch, tmp_path):
@@ -121,3 +125,21 @@ def test_an_environment_of_the_other_family_is_not_touched(setup_env, tmp_path):
     (tmp_path / 'mmsvit-setup.json').write_text('{"family": "openmmlab", "finished": false}')
     with pytest.raises(setup_env.SetupError, match='openmmlab'):
         setup_env.set_up('onedl', tmp_path, dev=False)
+
+
+def test_an_active_environment_must_have_the_family_that_is_asked_for(setup_env, monkeypatch):
+    (family,) = check_env.installed_families()
+    other = {'onedl': 'openmmlab', 'openmmlab': 'onedl'}[family]
+    monkeypatch.setenv('VIRTUAL_ENV', sys.prefix)
+    assert setup_env.working_environment(other) is None
+    assert setup_env.working_environment(None) == setup_env.working_environment(family)
+    assert Path(sys.prefix) in setup_env.working_environment(family).parents
+    monkeypatch.setattr(setup_env, 'works', lambda python: False)
+    assert setup_env.working_environment(family) is None
+
+
+@pytest.mark.parametrize('script', ['quickstart.sh', 'run_tests.sh'])
+def test_scripts_have_help(script):
+    command = ['bash', str(ROOT / 'tools' / script), '--help']
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f'bash tools/{script}' in result.stdout and not result.stderr

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
@@ -41,10 +42,16 @@ def run(title: str, *arguments: str | Path) -> float:
     return time.monotonic() - start
 
 
+def settings() -> str:
+    """What a run depends on: a result of others is not shown for it."""
+    return str(Config.fromfile(CONFIG).to_dict()) + (DATA / 'settings.json').read_text()
+
+
 def latest_checkpoint() -> Path | None:
-    """The last checkpoint of a training run that came to its end."""
+    """The last checkpoint of a training run with these settings that came to its end."""
     record = WORK_DIR / 'last_checkpoint'
-    if not (WORK_DIR / 'finished').is_file() or not record.is_file():
+    finished = WORK_DIR / 'finished'
+    if not finished.is_file() or finished.read_text() != settings() or not record.is_file():
         return None
     path = Path(record.read_text())
     return path if path.is_file() else None
@@ -87,7 +94,7 @@ def main() -> None:
     if checkpoint is None:
         (WORK_DIR / 'finished').unlink(missing_ok=True)
         seconds['training'] = run('2/4 Training', 'tools/train.py', CONFIG, '--work-dir', WORK_DIR)
-        (WORK_DIR / 'finished').touch()
+        (WORK_DIR / 'finished').write_text(settings())
         checkpoint = latest_checkpoint()
     else:
         console.print(f'2/4 Training: done before, {checkpoint} is there (--retrain trains again)')
@@ -122,7 +129,7 @@ def main() -> None:
         f'Picture:      {picture} (truth, prediction, super tokens of stage 1)\n'
         f'More:         {predictions}/ and {super_tokens}/\n\n'
         'Next, on COCO: put the data under data/coco/ and the ImageNet weights under checkpoints/,\n'
-        'then  python tools/train.py configs/svit_maskrcnn_coco.py',
+        f'then  {sys.executable} tools/train.py configs/svit_maskrcnn_coco.py',
         highlight=False,
         soft_wrap=True,
     )

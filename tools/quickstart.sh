@@ -5,6 +5,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 setup_options=() retrain=()
+case " $* " in *" -h "* | *" --help "*)
+    sed -n '2,4s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
 for option in "$@"; do
     if [ "$option" = --retrain ]; then retrain=(--retrain); else setup_options+=("$option"); fi
 done

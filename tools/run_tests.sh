@@ -4,6 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 setup_options=()
+case "${1:-}" in -h | --help)
+    sed -n '2,3s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+esac
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
     setup_options+=("$1")
     shift

@@ -3,7 +3,7 @@
     python3 tools/setup_env.py                      # the onedl-* releases, into .venv
     python3 tools/setup_env.py --family openmmlab   # OpenMMLab's own, into .venv-openmmlab
 
-An active virtual environment with a working stack is used as it is. Prints the path of the
+An environment that is active and works is used as it is. Prints the path of the
 Python to use on the standard output, everything else on the standard error. Needs Python's
 standard library only.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = {'onedl': 'requirements.txt', 'openmmlab': 'requirements-openmmlab.txt'}
 DEV_REQUIREMENTS = 'requirements-dev.txt'
-MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 13)
+MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 12)
 # An environment with torch's CUDA libraries is 5.6 GB; pip unpacks beside it.
 NEEDED_GB = 9
 
@@ -110,11 +110,23 @@ def works(python: Path) -> bool:
     return subprocess.run(command, env=env, capture_output=True).returncode == 0
 
 
-def active_environment() -> Path | None:
-    """The Python of the virtual or conda environment that is active, if there is one."""
+def working_environment(family: str | None) -> Path | None:
+    """The Python of an active environment, or this one, if mmsvit works in it.
+
+    Args:
+        family: The releases that it must have; None for either.
+    """
     folder = os.environ.get('VIRTUAL_ENV') or os.environ.get('CONDA_PREFIX')
-    python = Path(folder, 'bin', 'python') if folder else None
-    return python if python and python.is_file() else None
+    python = Path(folder, 'bin', 'python') if folder else Path(sys.executable)
+    if not python.is_file():
+        return None
+    code = 'from mmsvit.check_env import installed_families as f; print(*f())'
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    result = subprocess.run([str(python), '-c', code], env=env, capture_output=True, text=True)
+    installed = result.stdout.split()
+    if len(installed) != 1 or family not in (None, *installed) or not works(python):
+        return None
+    return python
 
 
 def read_requirements(family: str) -> tuple[list[str], str]:
@@ -131,6 +143,8 @@ def describe_torch(python: Path) -> dict:
         'import json, platform, sys, torch; from torch.utils import cpp_extension; '
         'print(json.dumps(dict(torch=torch.__version__, cuda=torch.version.cuda, '
         'gpu=torch.cuda.is_available(), cuda_home=cpp_extension.CUDA_HOME, '
+        'arch=sorted({"sm%d%d" % torch.cuda.get_device_capability(i) '
+        'for i in range(torch.cuda.device_count())}), '
         'python="cp%d%d" % sys.version_info[:2], machine=platform.machine())))'
     )
     result = subprocess.run([str(python), '-c', code], capture_output=True, text=True)
@@ -142,7 +156,7 @@ def describe_torch(python: Path) -> dict:
 def wheel_folder(mmcv: str, torch: dict, with_cuda: bool) -> Path:
     """Where a built mmcv is kept: one folder for each combination that its binary depends on."""
     cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    compute = f'cuda{torch["cuda"]}' if with_cuda else 'cpu'
+    compute = '-'.join([f'cuda{torch["cuda"]}', *torch['arch']]) if with_cuda else 'cpu'
     key = f'{mmcv.replace("==", "-")}-torch{torch["torch"]}-{compute}-{torch["python"]}-{torch["machine"]}'
     return Path(cache) / 'mmsvit' / 'wheels' / key
 
@@ -214,9 +228,15 @@ def install_mmcv(python: Path, mmcv: str) -> None:
     forced = os.environ.get('FORCE_CUDA')
     with_cuda = torch['gpu'] if forced is None else forced == '1'
     folder = wheel_folder(mmcv, torch, with_cuda)
+    name, version = mmcv.split('==')
+    device = 'cuda' if with_cuda and torch['gpu'] else 'cpu'
     code = (
-        'import torch, mmcv.ops; mmcv.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5)'
+        f'import torch, mmcv.ops; from importlib.metadata import version; '
+        f'boxes = torch.tensor([[0.0, 0, 1, 1]], device={device!r}); '
+        f'mmcv.ops.nms(boxes, boxes[:, 2], 0.5); assert version({name!r}) == {version!r}'
     )
+    if subprocess.run([str(python), '-c', code], capture_output=True).returncode == 0:
+        return
     for attempt in ('cached', 'built'):
         if attempt == 'built':
             build_mmcv(python, mmcv, folder, torch, with_cuda)
@@ -239,7 +259,7 @@ def set_up(family: str, venv: Path, dev: bool) -> Path:
         Its Python.
     """
     python = venv / 'bin' / 'python'
-    files = [REQUIREMENTS[family], *([DEV_REQUIREMENTS] if dev else []), 'setup.py']
+    files = [REQUIREMENTS[family], DEV_REQUIREMENTS, 'setup.py']
     contents = [(ROOT / file).read_text() for file in files]
     wanted = dict(family=family, checkout=str(ROOT), dev=dev)
     wanted['digest'] = hashlib.sha256('\0'.join(contents).encode()).hexdigest()
@@ -251,7 +271,8 @@ def set_up(family: str, venv: Path, dev: bool) -> Path:
                 f'{venv} holds the {there["family"]} family, and the two cannot share an '
                 'environment: remove it, or name another with --venv'
             )
-        if there == wanted and works(python):
+        # An environment with the test tools also serves those who do not need them.
+        if there in (wanted, {**wanted, 'dev': True}) and works(python):
             say(f'{venv} is set up already')
             return python
     if not python.is_file():
@@ -275,22 +296,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--family', choices=sorted(REQUIREMENTS), default='onedl')
+    parser.add_argument(
+        '--family', choices=sorted(REQUIREMENTS), help='releases to install (onedl)'
+    )
     parser.add_argument('--venv', type=Path, help='folder of the environment')
     parser.add_argument('--dev', action='store_true', help=f'also install {DEV_REQUIREMENTS}')
     args = parser.parse_args()
 
-    active = active_environment()
     try:
-        if active and args.venv is None and works(active):
-            say(f'using the active environment, which works: {active}')
-            install(active, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
+        python = working_environment(args.family) if args.venv is None else None
+        if python is not None:
+            say(f'using the environment of {python}, which works')
+            install(python, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
             if args.dev:
-                install(active, '-r', DEV_REQUIREMENTS)
-            print(active)
+                install(python, '-r', DEV_REQUIREMENTS)
+            print(python)
             return
-        default = '.venv' if args.family == 'onedl' else f'.venv-{args.family}'
-        print(set_up(args.family, (args.venv or ROOT / default).absolute(), args.dev))
+        family = args.family or 'onedl'
+        default = '.venv' if family == 'onedl' else f'.venv-{family}'
+        print(set_up(family, (args.venv or ROOT / default).absolute(), args.dev))
     except SetupError as error:
         sys.exit(f'\ncannot set up the environment: {error}')
     except subprocess.CalledProcessError as error:

@@ -38,17 +38,20 @@ def parse_args() -> argparse.Namespace:
 
 def draw_into(cfg: Config, folder: str) -> None:
     """Switch on the visualization hook of MMDetection, MMSegmentation or MMPretrain."""
-    hook = cfg.default_hooks.get('visualization')
+    hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise SystemExit('--show-dir needs default_hooks.visualization, which the config lacks')
     folder = str(Path(folder).absolute())
-    if hook.type == 'DetVisualizationHook':
-        hook.draw, hook.test_out_dir = True, folder
-    elif hook.type == 'SegVisualizationHook':
-        hook.draw = True
+    kind = str(hook.type).rpartition('.')[2]
+    if kind == 'DetVisualizationHook':
+        hook.update(draw=True, test_out_dir=folder)
+    elif kind == 'SegVisualizationHook':
+        hook.update(draw=True, interval=1)
         cfg.visualizer.save_dir = folder
+    elif kind == 'VisualizationHook':
+        hook.update(enable=True, out_dir=folder, interval=1)
     else:
-        hook.enable, hook.out_dir = True, folder
+        raise SystemExit(f'--show-dir does not know the hook {hook.type} of this config')
 
 
 def apply_tta(cfg: Config) -> None:

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmsvit.checkpoint import read_checkpoint
 from mmsvit.cli import add_arguments, load_config
 
 
@@ -41,7 +42,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise SystemExit(
                 f'--auto-scale-lr needs auto_scale_lr.base_batch_size, which {args.config} does '
                 'not set: the batch size that its learning rate is meant for'
@@ -50,6 +51,8 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('load_from'):
+        read_checkpoint(cfg.load_from)  # An unsafe or broken file is refused before anything else.
 
 
 def main() -> None:

@@ -38,6 +38,10 @@ def parse_args() -> argparse.Namespace:
     absent = [str(path) for path in args.images if not path.is_file()]
     if absent:
         parser.error(f'no such image: {", ".join(absent)}')
+    if not Path(args.checkpoint).is_file():
+        parser.error(f'no such checkpoint: {args.checkpoint}')
+    if len({path.stem for path in args.images}) < len(args.images):
+        parser.error('two images have the same name, and so would their pictures')
     return args
 
 
@@ -50,12 +54,14 @@ def main() -> None:
         raise SystemExit(f'{args.config} has a {type(backbone).__name__} as backbone, not an SViT')
     load_pretrained(backbone, args.checkpoint)
     backbone.to(args.device).eval()
-    preprocessor = MODELS.build(cfg.model.data_preprocessor).to(args.device)
+    preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or cfg.data_preprocessor).to(
+        args.device
+    )
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
     pipeline = Compose(
-        [step for step in dataset.pipeline if not step['type'].endswith('LoadAnnotations')]
+        [step for step in dataset.pipeline if 'LoadAnnotations' not in str(step['type'])]
     )
 
     args.out_dir.mkdir(parents=True, exist_ok=True)
