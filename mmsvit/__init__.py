@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .config_path import config_path
+from .mmcv_ext import install as _install_stand_in
 
 if TYPE_CHECKING:
     from .svit import SViT
 
 __version__ = '0.1.0'
 __all__ = ['SViT', 'config_path']
+
+
+# Before anybody imports mmcv.ops: torchvision's kernels where mmcv has none of its own.
+_install_stand_in()
 
 
 def __getattr__(name: str) -> object:

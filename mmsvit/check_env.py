@@ -182,7 +182,10 @@ def _check_ops() -> str:
         pooled = roi_align(torch.ones(1, 1, 8, 8, device=device), rois, 2)
         if len(kept) != 1 or not torch.allclose(pooled, torch.ones_like(pooled)):
             raise RuntimeError(f"mmcv's ops give wrong results on {device}")
-    return f'nms and roi_align work on {" and ".join(devices)}'
+    from mmsvit.mmcv_ext import is_stand_in
+
+    whose = "torchvision's in place of compiled ones" if is_stand_in() else 'compiled'
+    return f'{whose}: nms and roi_align work on {" and ".join(devices)}'
 
 
 def _check_backend() -> str:

@@ -124,7 +124,7 @@ def test_pip_failures_are_explained(setup_env, output, message):
 def test_an_environment_of_the_other_family_is_not_touched(setup_env, tmp_path):
     (tmp_path / 'mmsvit-setup.json').write_text('{"family": "openmmlab", "finished": false}')
     with pytest.raises(setup_env.SetupError, match='openmmlab'):
-        setup_env.set_up('onedl', tmp_path, dev=False)
+        setup_env.set_up('onedl', tmp_path, dev=False, ops='auto')
 
 
 def test_an_active_environment_must_have_the_family_that_is_asked_for(setup_env, monkeypatch):

@@ -1,7 +1,8 @@
-"""Set up a Python environment in which mmsvit runs, mmcv's compiled ops included.
+"""Set up a Python environment in which mmsvit runs, mmcv's ops included.
 
     python3 tools/setup_env.py                      # the onedl-* releases, into .venv
     python3 tools/setup_env.py --family openmmlab   # OpenMMLab's own, into .venv-openmmlab
+    python3 tools/setup_env.py --ops torchvision    # without a compiler
 
 An environment that is active and works is used as it is. Prints the path of the
 Python to use on the standard output, everything else on the standard error. Needs Python's
@@ -218,24 +219,54 @@ def build_mmcv(python: Path, mmcv: str, folder: Path, torch: dict, with_cuda: bo
             raise SetupError(f'building {mmcv} failed:\n{tail}\nThe whole log: {log_file}')
 
 
-def install_mmcv(python: Path, mmcv: str) -> None:
-    """Install mmcv with working compiled ops, from the cache or newly built.
+def can_build(torch: dict, with_cuda: bool) -> bool:
+    """Whether there is what mmcv's ops are built with."""
+    compiler = shutil.which(os.environ.get('CXX', 'c++')) is not None
+    return compiler and (torch['cuda_home'] is not None or not with_cuda)
+
+
+def runs(python: Path, distribution: str, version: str, device: str) -> subprocess.CompletedProcess:
+    """Call mmcv's nms, compiled or torchvision's, in an environment that has this release."""
+    code = (
+        'import mmsvit, torch, mmcv.ops; from importlib.metadata import version; '
+        f'boxes = torch.tensor([[0.0, 0, 1, 1]], device={device!r}); '
+        'mmcv.ops.nms(boxes, boxes[:, 2], 0.5); '
+        f'assert version({distribution!r}) == {version!r}; '
+        'from mmsvit.mmcv_ext import is_stand_in; print(is_stand_in())'
+    )
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    return subprocess.run([str(python), '-c', code], env=env, capture_output=True, text=True)
+
+
+def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
+    """Install mmcv and see that its ops run.
+
+    Args:
+        python: Of the environment.
+        mmcv: The pin.
+        ops: ``'build'`` compiles them or takes a wheel built before; ``'torchvision'``
+            installs mmcv's Python files alone, for mmsvit's stand-in; ``'auto'`` compiles
+            where there is a compiler.
 
     Raises:
-        SetupError: Its ops do not run although they were just built.
+        SetupError: The ops do not run although they were just installed.
     """
+    name, version = mmcv.split('==')
     torch = describe_torch(python)
     forced = os.environ.get('FORCE_CUDA')
     with_cuda = torch['gpu'] if forced is None else forced == '1'
-    folder = wheel_folder(mmcv, torch, with_cuda)
-    name, version = mmcv.split('==')
     device = 'cuda' if with_cuda and torch['gpu'] else 'cpu'
-    code = (
-        f'import torch, mmcv.ops; from importlib.metadata import version; '
-        f'boxes = torch.tensor([[0.0, 0, 1, 1]], device={device!r}); '
-        f'mmcv.ops.nms(boxes, boxes[:, 2], 0.5); assert version({name!r}) == {version!r}'
-    )
-    if subprocess.run([str(python), '-c', code], capture_output=True).returncode == 0:
+    folder = wheel_folder(mmcv, torch, with_cuda)
+    if ops == 'auto':
+        built = list(folder.glob('*.whl'))
+        ops = 'build' if built or can_build(torch, with_cuda) else 'torchvision'
+        why = 'built before' if built else 'there is a compiler'
+        say(f'mmcv ops: {ops} ({why if ops == "build" else "no compiler for them"})')
+    if ops == 'torchvision':
+        install_pure_mmcv(python, name, version)
+        return
+    result = runs(python, name, version, device)
+    if result.returncode == 0 and result.stdout.split()[-1] == 'False':
         return
     for attempt in ('cached', 'built'):
         if attempt == 'built':
@@ -245,14 +276,29 @@ def install_mmcv(python: Path, mmcv: str) -> None:
             continue
         say(f'installing {attempt} {wheels[0]}')
         install(python, '--quiet', '--no-deps', '--no-index', '--force-reinstall', str(wheels[0]))
-        result = subprocess.run([str(python), '-c', code], capture_output=True, text=True)
+        result = runs(python, name, version, device)
         if result.returncode == 0:
             return
         wheels[0].unlink()  # Broken: do not offer it again.
     raise SetupError(f"mmcv's ops do not run although they were built just now:\n{result.stderr}")
 
 
-def set_up(family: str, venv: Path, dev: bool) -> Path:
+def install_pure_mmcv(python: Path, name: str, version: str) -> None:
+    """Install the Python files of mmcv, whose ops torchvision's kernels then stand in for.
+
+    Raises:
+        SetupError: They do not run.
+    """
+    pure = 'mmcv-lite' if name == 'mmcv' else name  # OpenMMLab has a release without ops.
+    run([str(python), '-m', 'pip', 'uninstall', '--quiet', '--yes', name, pure])
+    options = ['--quiet', '--no-deps', '--no-build-isolation', '--no-cache-dir']
+    install(python, *options, f'{pure}=={version}', env=dict(os.environ, MMCV_WITH_OPS='0'))
+    result = runs(python, pure, version, 'cpu')
+    if result.returncode != 0:
+        raise SetupError(f"torchvision's kernels do not run in place of mmcv's:\n{result.stderr}")
+
+
+def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
     """Make the environment ``venv`` or bring it up to date.
 
     Returns:
@@ -261,7 +307,7 @@ def set_up(family: str, venv: Path, dev: bool) -> Path:
     python = venv / 'bin' / 'python'
     files = [REQUIREMENTS[family], DEV_REQUIREMENTS, 'setup.py']
     contents = [(ROOT / file).read_text() for file in files]
-    wanted = dict(family=family, checkout=str(ROOT), dev=dev)
+    wanted = dict(family=family, checkout=str(ROOT), dev=dev, ops=ops)
     wanted['digest'] = hashlib.sha256('\0'.join(contents).encode()).hexdigest()
     stamp = venv / 'mmsvit-setup.json'
     if stamp.is_file():
@@ -283,7 +329,7 @@ def set_up(family: str, venv: Path, dev: bool) -> Path:
     stamp.write_text(json.dumps(dict(family=family, finished=False)))
     pins, mmcv = read_requirements(family)
     install(python, *pins)
-    install_mmcv(python, mmcv)
+    install_mmcv(python, mmcv, ops)
     if dev:
         install(python, '-r', DEV_REQUIREMENTS)
     install(python, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
@@ -301,10 +347,18 @@ def main() -> None:
     )
     parser.add_argument('--venv', type=Path, help='folder of the environment')
     parser.add_argument('--dev', action='store_true', help=f'also install {DEV_REQUIREMENTS}')
+    parser.add_argument(
+        '--ops',
+        choices=('auto', 'build', 'torchvision'),
+        default='auto',
+        help="mmcv's ops: compiled, or torchvision's in their place, which needs no compiler",
+    )
     args = parser.parse_args()
 
     try:
-        python = working_environment(args.family) if args.venv is None else None
+        python = None
+        if args.venv is None and args.ops == 'auto':
+            python = working_environment(args.family)
         if python is not None:
             say(f'using the environment of {python}, which works')
             install(python, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
@@ -314,7 +368,7 @@ def main() -> None:
             return
         family = args.family or 'onedl'
         default = '.venv' if family == 'onedl' else f'.venv-{family}'
-        print(set_up(family, (args.venv or ROOT / default).absolute(), args.dev))
+        print(set_up(family, (args.venv or ROOT / default).absolute(), args.dev, args.ops))
     except SetupError as error:
         sys.exit(f'\ncannot set up the environment: {error}')
     except subprocess.CalledProcessError as error:
