@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_python
+from mmengine.config import Config
 
-from mmsvit import mmcv_ext, torchvision_ops
+from mmsvit import config_path, mmcv_ext, torchvision_ops
 
 needs_compiled = pytest.mark.skipif(
     mmcv_ext.is_stand_in(), reason='there are no compiled ops to compare with'
@@ -221,3 +224,78 @@ def test_too_late_is_said():
     )
     run_python('-c', code)
     assert 'mmsvit' in sys.modules
+
+
+def detector_config(model: str, shapes: Path, folder: Path) -> Path:
+    """One of MMDetection's stock models around a small SViT, for one epoch of the small data."""
+    cfg = Config.fromfile(config_path('svit_maskrcnn_shapes.py'))
+    small = cfg.model
+    if model != 'mask-rcnn_r50_fpn':
+        stock = (
+            Path(find_spec('mmdet').origin).parent / '.mim/configs/_base_/models' / f'{model}.py'
+        )
+        cfg.model = Config.fromfile(stock).model
+        cfg.model.backbone = small.backbone
+        cfg.model.neck.in_channels = small.neck.in_channels
+        for head in _dicts(cfg.model):
+            if 'num_classes' in head:
+                head['num_classes'] = 5
+    if model.startswith('retinanet'):
+        cfg.val_evaluator.metric = cfg.test_evaluator.metric = 'bbox'
+        cfg.model.test_cfg.score_thr = 0.0  # It begins with scores near 0.01.
+    for split, name in (('train', 'train'), ('val', 'val'), ('test', 'val')):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f'{shapes}/'
+        if split != 'train':
+            cfg[f'{split}_evaluator'].ann_file = f'{shapes}/annotations/instances_{name}.json'
+    cfg.train_cfg.max_epochs = 1
+    cfg.dump(folder / f'{model}.py')
+    return folder / f'{model}.py'
+
+
+def _dicts(value: object):
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _dicts(inner)
+
+
+RUN = """
+import runpy
+sys.argv[:] = sys.argv[1:]
+warnings.resetwarnings()
+runpy.run_path(sys.argv[0], run_name='__main__')
+assert sys.modules['mmcv._ext'].__file__.endswith('torchvision_ops.py')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'model', ['mask-rcnn_r50_fpn', 'cascade-mask-rcnn_r50_fpn', 'retinanet_r50_fpn']
+)
+def test_stock_detectors_train_and_infer_without_compiled_ops(model, shapes, tmp_path):
+    config = detector_config(model, shapes, tmp_path)
+    tool = ['tools/train.py', config, '--work-dir', tmp_path / 'work']
+    result = run_python('-c', WITHOUT_COMPILED + RUN, *tool)
+    assert 'coco/bbox_mAP' in result.stdout + result.stderr
+    image = shapes / 'val' / '000001.jpg'
+    outputs = []
+    for name, prefix in (('stand-in', WITHOUT_COMPILED), ('as installed', 'import warnings')):
+        code = f"""{prefix}
+import mmsvit, sys
+warnings.resetwarnings()
+import torch
+from mmdet.apis import inference_detector, init_detector
+model = init_detector(sys.argv[1], sys.argv[2], device='cpu')
+found = inference_detector(model, sys.argv[3]).pred_instances
+torch.save({{key: found[key] for key in ('bboxes', 'scores', 'labels')}}, sys.argv[4])
+"""
+        given = [config, tmp_path / 'work' / 'epoch_1.pth', image, tmp_path / name]
+        run_python('-c', code, *given)
+        outputs.append(torch.load(tmp_path / name))
+    for key, value in outputs[0].items():
+        torch.testing.assert_close(value, outputs[1][key], rtol=1e-4, atol=1e-4)
+    assert len(outputs[0]['scores'])
