@@ -21,8 +21,8 @@ model = dict(
         # Training from scratch has none to keep and needs norm_eval=False.
         norm_cfg=dict(type='BN'),
         norm_eval=True,
-        # The published classifier has no norm after a stage. One for each output makes for
-        # smaller gradients in the neck and better AP in our small trials (our choice).
+        # The published classifier has no norm after a stage. Like Swin and ConvNeXt in
+        # detectors, we add one for each output (our choice).
         out_norm_cfg=dict(type='LN'),
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/stvit-small-224.pth'),
     ),
