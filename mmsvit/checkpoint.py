@@ -74,10 +74,17 @@ def _allowed_globals() -> list:
     ]
 
 
-# Since torch 2.6 the weights-only mode is the default, and OpenMMLab's own MMEngine relies on
-# the default: without this it cannot read its own runner's checkpoints. The configs import
-# this module for it, since inferencers read the checkpoint before they build the model.
-torch.serialization.add_safe_globals(_allowed_globals())
+def allow_runner_checkpoints() -> None:
+    """Let torch's weights-only mode read what MMEngine's runner saves, in this process.
+
+    Since torch 2.6 that mode is the default, and OpenMMLab's own MMEngine relies on the
+    default: without this it cannot read its own checkpoints.
+    """
+    torch.serialization.add_safe_globals(_allowed_globals())
+
+
+# On import, which the configs ask for: inferencers read a checkpoint before they build the model.
+allow_runner_checkpoints()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -97,7 +104,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if '://' not in path and not Path(path).is_file():
         raise FileNotFoundError(f'the checkpoint {path!r} does not exist')
     try:
-        with get_local_path(path) as file, torch.serialization.safe_globals(_allowed_globals()):
+        # Again: torch's context manager, where others use it, takes away what was there before.
+        allow_runner_checkpoints()
+        with get_local_path(path) as file:
             checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except PermissionError:
         raise

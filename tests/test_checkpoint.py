@@ -68,6 +68,8 @@ def test_runner_checkpoint(runner_checkpoint):
         model = load(path, small_arch(), prefix)
         for key, value in expected.state_dict().items():
             assert torch.equal(model.state_dict()[key], value), key
+    # OpenMMLab's MMEngine reads it so, after us.
+    assert torch.load(path, weights_only=True)['meta'] == dict(epoch=1)
 
 
 def test_converted_file_is_the_same_and_needs_no_allow_list(tmp_path):
