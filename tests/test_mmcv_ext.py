@@ -242,6 +242,7 @@ def detector_config(model: str, shapes: Path, folder: Path) -> Path:
                 head['num_classes'] = 5
     if model.startswith('retinanet'):
         cfg.val_evaluator.metric = cfg.test_evaluator.metric = 'bbox'
+        cfg.default_hooks.checkpoint.save_best = 'coco/bbox_mAP'
         cfg.model.test_cfg.score_thr = 0.0  # It begins with scores near 0.01.
     for split, name in (('train', 'train'), ('val', 'val'), ('test', 'val')):
         loader = cfg[f'{split}_dataloader']
