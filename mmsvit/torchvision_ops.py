@@ -26,8 +26,8 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
         raise NotImplementedError(
             f"the operation '{name}' needs mmcv's compiled ops, which are not installed; mmsvit's "
             'stand-in for them has those that torchvision and torch have. Build mmcv, after torch '
-            "and without pip's isolation: MMCV_WITH_OPS=1 pip install --force-reinstall --no-deps "
-            '--no-build-isolation --no-cache-dir onedl-mmcv==2.3.6'
+            "and without pip's isolation; the last lines of requirements.txt "
+            "(requirements-openmmlab.txt for OpenMMLab's own releases) say how"
         )
 
     return missing

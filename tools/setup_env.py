@@ -44,11 +44,11 @@ def run(command: list[str], env: dict[str, str] | None = None) -> None:
     subprocess.run(command, check=True, stdout=sys.stderr, env=env)
 
 
-def install(python: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+def install(python: Path, *arguments: str) -> None:
     """Run pip install, and say in plain words why it failed where that can be told."""
     command = [str(python), '-m', 'pip', 'install', '--disable-pip-version-check', *arguments]
     process = subprocess.Popen(
-        command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
+        command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     errors = []
     for line in process.stderr:
@@ -291,8 +291,8 @@ def install_pure_mmcv(python: Path, name: str, version: str) -> None:
     """
     pure = 'mmcv-lite' if name == 'mmcv' else name  # OpenMMLab has a release without ops.
     run([str(python), '-m', 'pip', 'uninstall', '--quiet', '--yes', name, pure])
-    options = ['--quiet', '--no-deps', '--no-build-isolation', '--no-cache-dir']
-    install(python, *options, f'{pure}=={version}', env=dict(os.environ, MMCV_WITH_OPS='0'))
+    # The onedl release always builds its ops if it finds torch: pip's isolation hides it.
+    install(python, '--quiet', '--no-deps', '--no-cache-dir', f'{pure}=={version}')
     result = runs(python, pure, version, 'cpu')
     if result.returncode != 0:
         raise SetupError(f"torchvision's kernels do not run in place of mmcv's:\n{result.stderr}")
