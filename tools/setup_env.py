@@ -39,9 +39,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(command: list[str], env: dict[str, str] | None = None) -> None:
+def run(command: list[str]) -> None:
     """Run a command, its output on our standard error."""
-    subprocess.run(command, check=True, stdout=sys.stderr, env=env)
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def install(python: Path, *arguments: str) -> None:
