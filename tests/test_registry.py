@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import run_python
 
+from mmsvit.mmcv_ext import is_stand_in
+
 BUILD = """
 from mmengine.registry import init_default_scope
 from {library}.registry import MODELS
@@ -16,6 +18,8 @@ assert type(backbone).__module__ == 'mmsvit.svit', type(backbone)
 
 @pytest.mark.parametrize('library', ['mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
 def test_builds_in_a_fresh_interpreter(library, tmp_path):
+    if library == 'mmdet' and is_stand_in():
+        pytest.skip('without compiled ops mmsvit must be imported before MMDetection')
     run_python('-c', BUILD.format(library=library, scope=library), cwd=tmp_path)
 
 
