@@ -29,12 +29,9 @@ def hard_assignment(attention: SuperTokenAttention, tokens: Tensor) -> Tensor:
     _, association = attention.sample(tokens)
     n, grid_h, grid_w, _, _ = association.shape
     h, w = attention.super_token_size
-    rows = torch.arange(grid_h, device=tokens.device)[:, None, None] + torch.arange(
-        -1, 2, device=tokens.device
-    ).repeat_interleave(3)
-    columns = torch.arange(grid_w, device=tokens.device)[:, None] + torch.arange(
-        -1, 2, device=tokens.device
-    ).repeat(3)
+    around = torch.arange(-1, 2, device=tokens.device)
+    rows = torch.arange(grid_h, device=tokens.device)[:, None, None] + around.repeat_interleave(3)
+    columns = torch.arange(grid_w, device=tokens.device)[:, None] + around.repeat(3)
     inside = (rows >= 0) & (rows < grid_h) & (columns >= 0) & (columns < grid_w)
     numbers = (rows * grid_w + columns).expand(n, -1, -1, -1)
     nearest = association.masked_fill(~inside[None, :, :, None], -1).argmax(dim=-1)

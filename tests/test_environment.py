@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, run_python
 
 from mmsvit import check_env
+from mmsvit.mmcv_ext import is_stand_in
 
 
 @pytest.fixture(scope='module')
@@ -143,3 +144,13 @@ def test_scripts_have_help(script):
     command = ['bash', str(ROOT / 'tools' / script), '--help']
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f'bash tools/{script}' in result.stdout and not result.stderr
+
+
+@pytest.mark.parametrize('compiled', [True, False])
+def test_a_build_without_ops_does_not_pass_for_one_with_them(setup_env, compiled):
+    (names,) = check_env.installed_families().values()
+    name = next(name for name in names if name in ('onedl-mmcv', 'mmcv', 'mmcv-lite'))
+    result = setup_env.try_nms(
+        Path(sys.executable), name, metadata.version(name), 'cpu', compiled=compiled
+    )
+    assert (result.returncode == 0) is (is_stand_in() is not compiled), result.stderr

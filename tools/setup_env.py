@@ -162,22 +162,28 @@ def wheel_folder(mmcv: str, torch: dict, with_cuda: bool) -> Path:
     return Path(cache) / 'mmsvit' / 'wheels' / key
 
 
+def obstacle_to_build(torch: dict, with_cuda: bool) -> str | None:
+    """What is missing to build mmcv's ops, and how to get it; None if nothing is."""
+    compiler = os.environ.get('CXX', 'c++')
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) to build mmcv's ops: apt-get install g++ (Debian, Ubuntu)"
+    if with_cuda and torch['cuda_home'] is None:
+        return (
+            f"there is a GPU, but no CUDA toolkit (nvcc) to build mmcv's ops for it: install CUDA "
+            f'{torch["cuda"]}, set CUDA_HOME, or set FORCE_CUDA=0 to go on without the GPU'
+        )
+    return None
+
+
 def build_mmcv(python: Path, mmcv: str, folder: Path, torch: dict, with_cuda: bool) -> None:
     """Build a wheel of mmcv with compiled ops into ``folder``, showing the progress.
 
     Raises:
         SetupError: There is no compiler, or the build failed.
     """
-    compiler = os.environ.get('CXX', 'c++')
-    if shutil.which(compiler) is None:
-        raise SetupError(
-            f"no C++ compiler ({compiler}) to build mmcv's ops: apt-get install g++ (Debian, Ubuntu)"
-        )
-    if with_cuda and torch['cuda_home'] is None:
-        raise SetupError(
-            f"there is a GPU, but no CUDA toolkit (nvcc) to build mmcv's ops for it: install CUDA "
-            f'{torch["cuda"]}, set CUDA_HOME, or set FORCE_CUDA=0 to go on without the GPU'
-        )
+    obstacle = obstacle_to_build(torch, with_cuda)
+    if obstacle is not None:
+        raise SetupError(obstacle)
     jobs = os.environ.get('MAX_JOBS', str(os.cpu_count() or 1))
     env = dict(
         os.environ,
@@ -219,20 +225,19 @@ def build_mmcv(python: Path, mmcv: str, folder: Path, torch: dict, with_cuda: bo
             raise SetupError(f'building {mmcv} failed:\n{tail}\nThe whole log: {log_file}')
 
 
-def can_build(torch: dict, with_cuda: bool) -> bool:
-    """Whether there is what mmcv's ops are built with."""
-    compiler = shutil.which(os.environ.get('CXX', 'c++')) is not None
-    return compiler and (torch['cuda_home'] is not None or not with_cuda)
+def try_nms(
+    python: Path, distribution: str, version: str, device: str, compiled: bool
+) -> subprocess.CompletedProcess:
+    """Call mmcv's nms, its own or the stand-in's, in an environment that must have this release.
 
-
-def runs(python: Path, distribution: str, version: str, device: str) -> subprocess.CompletedProcess:
-    """Call mmcv's nms, compiled or torchvision's, in an environment that has this release."""
+    Fails where mmcv has no ops of its own and ``compiled`` ones are wanted, or the other way.
+    """
     code = (
         'import mmsvit, torch, mmcv.ops; from importlib.metadata import version; '
         f'boxes = torch.tensor([[0.0, 0, 1, 1]], device={device!r}); '
         'mmcv.ops.nms(boxes, boxes[:, 2], 0.5); '
         f'assert version({distribution!r}) == {version!r}; '
-        'from mmsvit.mmcv_ext import is_stand_in; print(is_stand_in())'
+        f'from mmsvit.mmcv_ext import is_stand_in; assert is_stand_in() is {not compiled}'
     )
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     return subprocess.run([str(python), '-c', code], env=env, capture_output=True, text=True)
@@ -259,14 +264,13 @@ def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
     folder = wheel_folder(mmcv, torch, with_cuda)
     if ops == 'auto':
         built = list(folder.glob('*.whl'))
-        ops = 'build' if built or can_build(torch, with_cuda) else 'torchvision'
-        why = 'built before' if built else 'there is a compiler'
-        say(f'mmcv ops: {ops} ({why if ops == "build" else "no compiler for them"})')
+        obstacle = None if built else obstacle_to_build(torch, with_cuda)
+        ops = 'build' if obstacle is None else 'torchvision'
+        say(f'mmcv ops: {ops} ({obstacle or ("built before" if built else "there is a compiler")})')
     if ops == 'torchvision':
         install_pure_mmcv(python, name, version)
         return
-    result = runs(python, name, version, device)
-    if result.returncode == 0 and result.stdout.split()[-1] == 'False':
+    if try_nms(python, name, version, device, compiled=True).returncode == 0:
         return
     for attempt in ('cached', 'built'):
         if attempt == 'built':
@@ -276,7 +280,7 @@ def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
             continue
         say(f'installing {attempt} {wheels[0]}')
         install(python, '--quiet', '--no-deps', '--no-index', '--force-reinstall', str(wheels[0]))
-        result = runs(python, name, version, device)
+        result = try_nms(python, name, version, device, compiled=True)
         if result.returncode == 0:
             return
         wheels[0].unlink()  # Broken: do not offer it again.
@@ -293,7 +297,7 @@ def install_pure_mmcv(python: Path, name: str, version: str) -> None:
     run([str(python), '-m', 'pip', 'uninstall', '--quiet', '--yes', name, pure])
     # The onedl release always builds its ops if it finds torch: pip's isolation hides it.
     install(python, '--quiet', '--no-deps', '--no-cache-dir', f'{pure}=={version}')
-    result = runs(python, pure, version, 'cpu')
+    result = try_nms(python, pure, version, 'cpu', compiled=False)
     if result.returncode != 0:
         raise SetupError(f"torchvision's kernels do not run in place of mmcv's:\n{result.stderr}")
 
