@@ -1,29 +1,44 @@
-"""Finding the configs that come with mmsvit, installed or in a checkout."""
+"""Finding configs, those of mmsvit and those of the OpenMMLab libraries, to inherit from."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+
+def _config_folders(package: str) -> list[Path]:
+    """Where the configs of an installed package are: a wheel has them where MIM looks for them."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f'the package {package!r} is not installed, so it has no configs')
+    folder = Path(spec.origin).resolve().parent
+    return [folder / '.mim' / 'configs', folder.parent / 'configs']  # the second in a checkout
 
 
 def config_path(name: str) -> str:
-    """Path of a config of mmsvit, to inherit from or to build.
+    """Path of a config, to inherit from or to build.
 
     In a config of your own: ``_base_ = [__import__('mmsvit').config_path('NAME.py')]``.
 
     Args:
-        name: Path below ``configs/``, such as ``'svit_maskrcnn_coco.py'``.
+        name: Path below mmsvit's ``configs/``, such as ``'svit_maskrcnn_coco.py'``. With a
+            package in front, ``'mmseg::_base_/datasets/ade20k.py'``, a config of that
+            package. (MMEngine's own ``package::`` finds mmdet's configs only in some
+            releases, and neither mmseg's nor ours.)
 
     Raises:
-        FileNotFoundError: There is no such config; the message lists those there are.
+        FileNotFoundError: There is no such package or config; the message lists those of
+            the same folder that there are.
     """
-    # A wheel has the configs where MIM looks for them, a checkout at its top.
-    folders = [_PACKAGE / '.mim' / 'configs', _PACKAGE.parent / 'configs']
+    package, _, path = name.rpartition('::')
+    folders = _config_folders(package or 'mmsvit')
     for folder in folders:
-        if (folder / name).is_file():
-            return str(folder / name)
+        if (folder / path).is_file():
+            return str(folder / path)
     found = sorted(
-        str(path.relative_to(folder)) for folder in folders for path in folder.rglob('*.py')
+        {str(config.relative_to(folder)) for folder in folders for config in folder.rglob('*.py')}
     )
-    raise FileNotFoundError(f'mmsvit has no config {name!r}; it has {", ".join(found) or "none"}')
+    near = [config for config in found if Path(config).parent == Path(path).parent] or found
+    raise FileNotFoundError(
+        f'{package or "mmsvit"} has no config {path!r}; it has {", ".join(near[:50]) or "none"}'
+    )

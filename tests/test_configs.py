@@ -89,3 +89,12 @@ def test_configs_are_in_the_wheel(tmp_path):
         'assert Config.fromfile(path).model.backbone.type == "mmsvit.SViT"'
     )
     run_python('-c', code, cwd=tmp_path)
+
+
+def test_config_path_finds_those_of_other_packages():
+    path = Path(config_path('mmseg::_base_/datasets/ade20k.py'))
+    assert path.is_file() and 'mmseg' in path.parts
+    with pytest.raises(FileNotFoundError, match=r'mmseg has no config .*/ade20k\.py'):
+        config_path('mmseg::_base_/datasets/nothing.py')
+    with pytest.raises(FileNotFoundError, match="'nowhere' is not installed"):
+        config_path('nowhere::x.py')
