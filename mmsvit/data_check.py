@@ -13,6 +13,7 @@ from mmengine.fileio import list_from_file
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
+from torch import nn
 
 from .registry import HOOKS
 
@@ -179,8 +180,10 @@ def _datasets(dataset: object) -> Iterator[BaseDataset]:
 class CheckDatasetHook(Hook):
     """Check built data sets before the first iteration, whichever tool started the run.
 
-    The classes as :func:`check_data` does, and that the first image exists. (A stock tool
-    fails by itself, if less clearly, where files are missing or no class matches.)
+    The classes as :func:`check_data` does, that the first image and label map exist, and
+    that the heads of a segmentor have as many classes (of a detector, MMDetection's
+    ``NumClassCheckHook`` sees to it). (A stock tool fails by itself, if less clearly, where
+    files are missing or no class matches.)
     """
 
     priority = 'VERY_HIGH'
@@ -191,9 +194,9 @@ class CheckDatasetHook(Hook):
         Raises:
             ValueError, FileNotFoundError: What is wrong, and with which data set.
         """
-        self._check('train', runner.train_dataloader.dataset)
+        self._check('train', runner.train_dataloader.dataset, runner.model)
         if runner.val_loop is not None:
-            self._check('val', runner.val_dataloader.dataset)
+            self._check('val', runner.val_dataloader.dataset, runner.model)
 
     def before_test(self, runner: Runner) -> None:
         """Check test data.
@@ -201,18 +204,31 @@ class CheckDatasetHook(Hook):
         Raises:
             ValueError, FileNotFoundError: What is wrong, and with which data set.
         """
-        self._check('test', runner.test_dataloader.dataset)
+        self._check('test', runner.test_dataloader.dataset, runner.model)
 
-    def _check(self, split: str, dataset: object) -> None:
+    def _check(self, split: str, dataset: object, model: nn.Module) -> None:
         for part in _datasets(dataset):
             if getattr(part, 'backend_args', None):
                 continue
             if hasattr(part, 'COCOAPI') and '://' not in part.ann_file:
                 classes = part.metainfo.get('classes')
                 check_classes(split, part.ann_file, classes, type(part))
-            image = part.get_data_info(0).get('img_path')
-            if image and '://' not in image and not Path(image).is_file():
-                raise FileNotFoundError(
-                    f'{image!r}, the first image of the {split} data set {part.ann_file!r}, does not '
-                    f'exist; is data_prefix right? It is {part.data_prefix}'
-                )
+            if hasattr(part, 'reduce_zero_label'):
+                _check_num_classes(split, part.metainfo['classes'], model)
+            first = part.get_data_info(0)
+            for file in (first.get('img_path'), first.get('seg_map_path')):
+                if file and '://' not in file and not Path(file).is_file():
+                    raise FileNotFoundError(
+                        f'{file!r}, the first one of the {split} data set {part.ann_file!r}, does '
+                        f'not exist; is data_prefix right? It is {part.data_prefix}'
+                    )
+
+
+def _check_num_classes(split: str, classes: Sequence[str], model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        count = getattr(module, 'num_classes', None)
+        if isinstance(count, int) and count != len(classes):
+            raise ValueError(
+                f'{name}.num_classes is {count}, but the {split} data set has {len(classes)} '
+                'classes: set num_classes of every head (decode_head, auxiliary_head) to that'
+            )

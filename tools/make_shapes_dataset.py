@@ -1,8 +1,9 @@
-"""Generate a small COCO-format instance segmentation data set, with nothing to download.
+"""Generate a small data set for detection and segmentation, with nothing to download.
 
 Circles, squares, triangles, stars and rings of any size and angle on textured backgrounds.
 Each class keeps to a range of hues. They overlap; the masks are those of the visible parts.
-The same seed gives the same files.
+Annotations are a COCO file and label maps (0 is the background). The same seed gives the same
+files.
 
     python tools/make_shapes_dataset.py data/shapes
 """
@@ -20,6 +21,7 @@ from pycocotools import mask as coco_mask
 from rich.progress import track
 
 CLASSES = ('circle', 'square', 'triangle', 'star', 'ring')
+FORMAT = 2  # of the files; one more when they change
 MIN_VISIBLE_PIXELS = 40
 MIN_VISIBLE_SHARE = 0.3
 SUPERSAMPLING = 4
@@ -142,6 +144,8 @@ def annotation(label: int, mask: np.ndarray) -> dict:
 def make_split(out: Path, split: str, count: int, args: argparse.Namespace) -> None:
     """Write the images and the annotation file of one split."""
     (out / split).mkdir(parents=True)
+    labels = out / 'annotations' / f'semantic_{split}'
+    labels.mkdir(parents=True)
     images, annotations = [], []
     for i in track(range(count), description=f'{split:>5}'):
         # A generator for each image of each split: no image is in both, and none
@@ -151,6 +155,10 @@ def make_split(out: Path, split: str, count: int, args: argparse.Namespace) -> N
         name = f'{i:06d}.jpg'
         if not cv2.imwrite(str(out / split / name), image, [cv2.IMWRITE_JPEG_QUALITY, 95]):
             raise OSError(f'cannot write {out / split / name}')
+        label_map = np.zeros((args.size, args.size), np.uint8)
+        for label, mask in shapes:
+            label_map[mask] = label + 1
+        cv2.imwrite(str(labels / f'{i:06d}.png'), label_map)
         images.append(dict(id=i + 1, file_name=name, height=args.size, width=args.size))
         for label, mask in shapes:
             annotations.append(
@@ -162,13 +170,13 @@ def make_split(out: Path, split: str, count: int, args: argparse.Namespace) -> N
         annotations=annotations,
         categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
     )
-    (out / 'annotations').mkdir(exist_ok=True)
     (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(data))
 
 
 def main() -> None:
     args = parse_args()
     settings = {key: value for key, value in vars(args).items() if key not in ('out', 'overwrite')}
+    settings['format'] = FORMAT
     settings_file = args.out / 'settings.json'
     if settings_file.is_file() and json.loads(settings_file.read_text()) == settings:
         print(f'{args.out} is there already, with the same settings')

@@ -1,0 +1,6 @@
+_base_ = 'mmdet::_base_/default_runtime.py'
+
+# Not for the backbone, which is found by its type: inferencers read a checkpoint before they
+# build the model, and with OpenMMLab's MMEngine on torch 2.6 or later cannot without this.
+custom_imports = dict(imports=['mmsvit.checkpoint'], allow_failed_imports=False)
+custom_hooks = [dict(type='mmsvit.CheckDatasetHook'), dict(type='NumClassCheckHook')]

@@ -1,0 +1,19 @@
+_base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmsvit.SViT',
+        arch='small',
+        drop_path_rate=0.15,
+        # Two images per GPU are too few for batch statistics: keep the pretrained ones.
+        # Training from scratch has none to keep and needs norm_eval=False.
+        norm_cfg=dict(type='BN'),
+        norm_eval=True,
+        # The published classifier has no norm after a stage. Like Swin and ConvNeXt in
+        # detectors, we add one for each output (our choice).
+        out_norm_cfg=dict(type='LN'),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/stvit-small-224.pth'),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,19 @@
+_base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmsvit.SViT',
+        arch='small',
+        drop_path_rate=0.15,
+        # The pyramid starts at stride 8. An output that nothing uses would leave its norm
+        # without a gradient, which a distributed run does not accept.
+        out_indices=(1, 2, 3),
+        # As for Mask R-CNN: pretrained batch statistics, a norm for each output.
+        norm_cfg=dict(type='BN'),
+        norm_eval=True,
+        out_norm_cfg=dict(type='LN'),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/stvit-small-224.pth'),
+    ),
+    neck=dict(in_channels=[128, 320, 512], start_level=0),
+)

@@ -1,0 +1,21 @@
+"""DINO, a query-based detector: the backbone is not tied to feature pyramids. No published result."""
+
+_base_ = ['mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmsvit.SViT',
+        arch='small',
+        drop_path_rate=0.15,
+        out_indices=(1, 2, 3),
+        norm_cfg=dict(type='BN'),
+        norm_eval=True,
+        out_norm_cfg=dict(type='LN'),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/stvit-small-224.pth'),
+    ),
+    neck=dict(in_channels=[128, 320, 512]),
+)
+
+custom_imports = dict(imports=['mmsvit.checkpoint'], allow_failed_imports=False)
+custom_hooks = [dict(type='mmsvit.CheckDatasetHook'), dict(type='NumClassCheckHook')]

@@ -1,0 +1,24 @@
+"""Mask2Former, a query-based segmentor: the backbone is not tied to UperNet. No published result."""
+
+_base_ = [
+    __import__('mmsvit').config_path(
+        'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py'
+    )
+]
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmsvit.SViT',
+        arch='small',
+        drop_path_rate=0.15,
+        norm_cfg=dict(type='SyncBN'),
+        out_norm_cfg=dict(type='LN'),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/stvit-small-224.pth'),
+    ),
+    decode_head=dict(in_channels=[64, 128, 320, 512]),
+)
+
+# The head's parts are MMDetection's.
+custom_imports = dict(imports=['mmsvit.checkpoint', 'mmdet.models'], allow_failed_imports=False)
+custom_hooks = [dict(type='mmsvit.CheckDatasetHook')]

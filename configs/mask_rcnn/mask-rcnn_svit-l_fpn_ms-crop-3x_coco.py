@@ -1,0 +1,10 @@
+_base_ = './mask-rcnn_svit-s_fpn_ms-crop-3x_coco.py'
+
+model = dict(
+    backbone=dict(
+        arch='large',
+        drop_path_rate=0.5,
+        init_cfg=dict(checkpoint='checkpoints/stvit-large-224.pth'),
+    ),
+    neck=dict(in_channels=[96, 192, 448, 640]),
+)
