@@ -6,7 +6,14 @@ any config, so no config needs ``custom_imports``.
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmsvit', locations=['mmsvit.svit'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmsvit', locations=['mmsvit.data_check'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmsvit',
+    locations=['mmsvit.layer_decay'],
+)

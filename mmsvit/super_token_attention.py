@@ -105,3 +105,25 @@ class SuperTokenAttention(nn.Module):
         super_tokens, association = self.sample(x)
         super_tokens = self.attend(super_tokens)
         return ops.distribute(association, super_tokens, self.super_token_size, x.shape[1:3])
+
+
+class PooledAttention(SuperTokenAttention):
+    """Attention among the means of cells: the paper's ablation of super token sampling.
+
+    Each token gets what the mean of its own cell got. See :class:`SuperTokenAttention`
+    for the arguments, of which ``num_iters`` means nothing here.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        if not self.samples:
+            return self.attend(x)
+        (h, w), (height, width) = self.super_token_size, x.shape[1:3]
+        means = F.avg_pool2d(x.permute(0, 3, 1, 2), (h, w), ceil_mode=True)
+        means = self.attend(means.permute(0, 2, 3, 1))
+        tokens = means.repeat_interleave(h, dim=1).repeat_interleave(w, dim=2)
+        return tokens[:, :height, :width]
+
+
+ATTENTIONS = {'super_token': SuperTokenAttention, 'average_pool': PooledAttention}
+"""What ``SViT(token_sampling=...)`` chooses from."""

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import load_pretrained
 from .registry import MODELS
-from .super_token_attention import SuperTokenAttention
+from .super_token_attention import ATTENTIONS
 
 ARCHS: dict[str, dict] = {
     'small': dict(
@@ -71,7 +71,9 @@ def _is_number(value: object) -> bool:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _resolve_arch(arch: str | dict, super_token_sizes: Sequence | None) -> dict[str, tuple]:
+def _resolve_arch(
+    arch: str | dict, super_token_sizes: Sequence | None, num_iters: Sequence[int] | None
+) -> dict[str, tuple]:
     """Check ``arch`` and return it with a tuple of four under each key."""
     if isinstance(arch, str):
         if arch not in ARCHS:
@@ -88,6 +90,8 @@ def _resolve_arch(arch: str | dict, super_token_sizes: Sequence | None) -> dict[
     arch = dict(arch)
     if super_token_sizes is not None:
         arch['super_token_sizes'] = super_token_sizes
+    if num_iters is not None:
+        arch['num_iters'] = num_iters
     for key, values in arch.items():
         if not isinstance(values, (list, tuple)) or len(values) != NUM_STAGES:
             raise ValueError(
@@ -183,20 +187,28 @@ class DropPath(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """FFN with a residual depthwise 3x3 convolution between its two layers (paper, Sec. 3.3)."""
+    """FFN with a residual depthwise 3x3 convolution between its two layers (paper, Sec. 3.3).
 
-    def __init__(self, embed_dims: int, hidden_dims: int, drop: float = 0.0) -> None:
+    Without the convolution (``conv=False``) it is the plain FFN of the paper's ablation.
+    """
+
+    def __init__(
+        self, embed_dims: int, hidden_dims: int, drop: float = 0.0, conv: bool = True
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(embed_dims, hidden_dims)
         self.act = nn.GELU()
-        self.dwconv = nn.Conv2d(hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims)
+        self.dwconv = None
+        if conv:
+            self.dwconv = nn.Conv2d(hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims)
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
         x = self.drop(self.act(self.fc1(x)))
-        x = x + _channels_last(self.dwconv, x)
+        if self.dwconv is not None:
+            x = x + _channels_last(self.dwconv, x)
         return self.drop(self.fc2(x))
 
 
@@ -219,15 +231,20 @@ class SuperTokenBlock(nn.Module):
         attn_drop_rate: float,
         drop_path_rate: float,
         norm_cfg: dict,
+        token_sampling: str = 'super_token',
+        pos_embed: bool = True,
+        conv_ffn: bool = True,
     ) -> None:
         super().__init__()
-        self.pos_embed = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+        self.pos_embed = None
+        if pos_embed:
+            self.pos_embed = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.attn = SuperTokenAttention(
+        self.attn = ATTENTIONS[token_sampling](
             embed_dims, num_heads, super_token_size, num_iters, qkv_bias, attn_drop_rate, drop_rate
         )
         self.norm2 = _build_norm(norm_cfg, embed_dims)
-        self.ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
+        self.ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate, conv_ffn)
         self.drop_path = DropPath(drop_path_rate)
         self.gamma_1 = self.gamma_2 = None
         if layer_scale is not None:
@@ -239,7 +256,8 @@ class SuperTokenBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
-        x = x + _channels_last(self.pos_embed, x)
+        if self.pos_embed is not None:
+            x = x + _channels_last(self.pos_embed, x)
         x = x + self._residual(self.attn(self.norm1(x)), self.gamma_1)
         return x + self._residual(self.ffn(_channels_last(self.norm2, x)), self.gamma_2)
 
@@ -303,7 +321,14 @@ class SViT(BaseModule):
             ``embed_dims, depths, num_heads, super_token_sizes, num_iters, layer_scale``,
             four entries each.
         super_token_sizes: Overrides those of ``arch``: four ints or (height, width)
-            pairs, in tokens of the stage. A larger size is cheaper.
+            pairs, in tokens of the stage. A larger size is cheaper. All of 1 is plain
+            global attention.
+        num_iters: Overrides the sampling iterations of ``arch``: four ints.
+        token_sampling: ``'super_token'``, or ``'average_pool'`` for the mean of each cell
+            in place of association, an ablation.
+        pos_embed: Whether blocks begin with the convolutional position embedding; off
+            is an ablation.
+        conv_ffn: Whether the FFN has its depthwise convolution; off is an ablation.
         in_channels: Channels of the image.
         mlp_ratio: Width of the FFN in multiples of the stage's width.
         qkv_bias: Whether query, key and value projections have a bias.
@@ -331,6 +356,10 @@ class SViT(BaseModule):
         self,
         arch: str | dict = 'small',
         super_token_sizes: Sequence[int | Sequence[int]] | None = None,
+        num_iters: Sequence[int] | None = None,
+        token_sampling: str = 'super_token',
+        pos_embed: bool = True,
+        conv_ffn: bool = True,
         in_channels: int = 3,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
@@ -346,7 +375,11 @@ class SViT(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        arch = _resolve_arch(arch, super_token_sizes)
+        arch = _resolve_arch(arch, super_token_sizes, num_iters)
+        if token_sampling not in ATTENTIONS:
+            raise ValueError(
+                f'token_sampling must be one of {list(ATTENTIONS)}, found {token_sampling!r}'
+            )
         self._check_arguments(
             embed_dims=arch['embed_dims'],
             in_channels=in_channels,
@@ -403,6 +436,9 @@ class SViT(BaseModule):
                     attn_drop_rate,
                     rate,
                     norm_cfg,
+                    token_sampling,
+                    pos_embed,
+                    conv_ffn,
                 )
                 for rate in drop_path_rates[first : first + depths[i]]
             ]

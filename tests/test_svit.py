@@ -247,3 +247,46 @@ def test_misspelt_argument_is_not_swallowed():
 def test_bad_images_are_refused(batch, message):
     with pytest.raises(ValueError, match=message):
         make()(batch)
+
+
+@pytest.mark.parametrize(
+    ('switch', 'absent'),
+    [
+        (dict(pos_embed=False), 'pos_embed'),
+        (dict(conv_ffn=False), 'ffn.dwconv'),
+        (dict(token_sampling='average_pool'), None),
+        (dict(num_iters=(3, 1, 1, 1)), None),
+        (dict(super_token_sizes=(1, 1, 1, 1)), None),
+    ],
+)
+def test_ablations(switch, absent):
+    plain, ablated = make(), make(**switch)
+    names = set(plain.state_dict())
+    expected = {name for name in names if absent is None or absent not in name}
+    assert set(ablated.state_dict()) == expected
+    assert absent is None or expected < names
+    plain.load_state_dict(ablated.state_dict(), strict=False)
+    plain, ablated = plain.eval(), ablated.eval()
+    for one, other in zip(ablated(images(47, 70)), plain(images(47, 70))):
+        assert one.shape == other.shape and one.isfinite().all()
+        assert not torch.equal(one, other)
+
+
+def test_average_pooling_is_attention_among_the_means_of_cells():
+    attention = make(token_sampling='average_pool').stages[1].blocks[0].attn  # cells of 2x3
+    x = torch.randn(1, 5, 7, 12, generator=torch.Generator().manual_seed(0))
+    means = torch.stack(
+        [
+            torch.stack([x[0, i : i + 2, j : j + 3].mean(dim=(0, 1)) for j in (0, 3, 6)])
+            for i in (0, 2, 4)
+        ]
+    )
+    attended = attention.attend(means[None])
+    output = attention(x)
+    for i, j in ((0, 0), (3, 5), (4, 6)):
+        torch.testing.assert_close(output[0, i, j], attended[0, i // 2, j // 3])
+
+
+def test_unknown_token_sampling_is_refused():
+    with pytest.raises(ValueError, match=r"one of \['super_token', 'average_pool'\], found 'max'"):
+        make(token_sampling='max')
