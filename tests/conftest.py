@@ -65,3 +65,27 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ['--num-train', '8', '--num-val', '4', '--size', '64']
     run_python('tools/make_shapes_dataset.py', folder, *sizes)
     return folder
+
+
+WITHOUT_COMPILED = """
+import sys, warnings
+warnings.simplefilter('error', UserWarning)
+import importlib.machinery
+class Hide:  # As if mmcv had been installed without its ops.
+    def find_spec(self, name, path=None, target=None):
+        if name == 'mmcv._ext':
+            finder = next((f for f in sys.meta_path if type(f).__name__ == 'StandInFinder'), None)
+            if finder is None:
+                raise ModuleNotFoundError("No module named 'mmcv._ext'")
+            return finder.find_spec(name, path)
+sys.meta_path.insert(0, Hide())
+"""
+
+# After it: run a tool, and see that it ran without compiled ops.
+RUN = """
+import runpy
+sys.argv[:] = sys.argv[1:]
+warnings.resetwarnings()
+runpy.run_path(sys.argv[0], run_name='__main__')
+assert sys.modules['mmcv._ext'].__file__.endswith('torchvision_ops.py')
+"""

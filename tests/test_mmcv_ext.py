@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_python
+from conftest import RUN, WITHOUT_COMPILED, run_python
 from mmengine.config import Config
 
 from mmsvit import config_path, mmcv_ext, torchvision_ops
@@ -186,21 +186,6 @@ def test_deformable_convolution_is_the_same(modulated, monkeypatch):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-3)
 
 
-WITHOUT_COMPILED = """
-import sys, warnings
-warnings.simplefilter('error', UserWarning)
-import importlib.machinery
-class Hide:  # As if mmcv had been installed without its ops.
-    def find_spec(self, name, path=None, target=None):
-        if name == 'mmcv._ext':
-            finder = next((f for f in sys.meta_path if type(f).__name__ == 'StandInFinder'), None)
-            if finder is None:
-                raise ModuleNotFoundError("No module named 'mmcv._ext'")
-            return finder.find_spec(name, path)
-sys.meta_path.insert(0, Hide())
-"""
-
-
 def test_stand_in_is_found_without_compiled_ops():
     code = WITHOUT_COMPILED + (
         'import mmsvit; assert "mmcv" not in sys.modules; warnings.resetwarnings(); '
@@ -262,15 +247,6 @@ def _dicts(value: object):
     if isinstance(value, (list, tuple)):
         for inner in value:
             yield from _dicts(inner)
-
-
-RUN = """
-import runpy
-sys.argv[:] = sys.argv[1:]
-warnings.resetwarnings()
-runpy.run_path(sys.argv[0], run_name='__main__')
-assert sys.modules['mmcv._ext'].__file__.endswith('torchvision_ops.py')
-"""
 
 
 @pytest.mark.slow
