@@ -1,0 +1,170 @@
+"""Count the parameters and FLOPs (multiply-adds) of the models of configs, without data or weights.
+
+    python tools/get_flops.py configs/svit_maskrcnn_coco.py
+    python tools/get_flops.py configs/svit_maskrcnn_coco.py --shape 640 640
+    python tools/get_flops.py configs/*/metafile.yml --markdown docs/complexity.md
+
+A metafile stands for the configs beside it that it lists, and brings the paper's figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from rich import print as rich_print
+from rich.progress import track
+from rich.table import Table
+
+from mmsvit.config_complexity import ConfigFigures, MetafileEntry, count_config, read_metafile
+
+EXPLANATION = """\
+FLOPs are multiply-adds of inference on one image (height x width), in two ways. *Layers* are
+convolutions and linear layers: the paper's figures for detectors and segmentors are these. *With
+products* adds what attention and super token sampling multiply, and so is what really runs; the
+paper's figures for classifiers are these. In brackets, the difference from the paper's figure.
+Segmentors are counted without their auxiliary head, which only training needs.
+"""
+COLUMNS = (
+    'config',
+    'input',
+    'parameters, M',
+    'paper, M',
+    'layers, G',
+    'with products, G',
+    'paper, G',
+    'backbone: parameters, M',
+    'layers, G',
+    'with products, G',
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('configs', nargs='+', type=Path, help='config files or metafiles')
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        help='image to count for; by default 800 1280 for detectors, 512 2048 for segmentors, '
+        'and what the test pipeline crops to for classifiers',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings to override, as key=value pairs: model.backbone.arch=base',
+    )
+    parser.add_argument('--markdown', type=Path, metavar='FILE', help='also write a table for docs')
+    args = parser.parse_args()
+    absent = [str(path) for path in args.configs if not path.is_file()]
+    if absent:
+        parser.error(f'no such file: {", ".join(absent)}')
+    return args
+
+
+def list_entries(paths: list[Path]) -> list[MetafileEntry]:
+    entries = []
+    for path in paths:
+        is_metafile = path.suffix in ('.yml', '.yaml')
+        entries += read_metafile(path) if is_metafile else [MetafileEntry(path, None, None)]
+    return entries
+
+
+def millions(number: float) -> str:
+    return f'{number / 1e6:.2f}'
+
+
+def billions(number: float) -> str:
+    return f'{number / 1e9:.2f}'
+
+
+def not_counted(figures: ConfigFigures) -> str:
+    return ', '.join(f'{name} ({times} times)' for name, times in figures.uncounted.items())
+
+
+def terminal_table(config: Path, figures: ConfigFigures) -> Table:
+    table = Table(
+        'part',
+        title=f'{config}\n{figures.workload}',
+        caption='' if not figures.uncounted else f'Not counted: {not_counted(figures)}',
+        title_justify='left',
+        caption_justify='left',
+    )
+    for column in ('parameters, M', 'trainable, M', 'layers, G', 'with products, G'):
+        table.add_column(column, justify='right')
+    for name, part in (('model', figures.model), ('backbone', figures.backbone)):
+        counts = (billions(part.layers), billions(part.total))
+        table.add_row(name, millions(part.parameters), millions(part.trainable), *counts)
+    return table
+
+
+def published(number: float | None, unit: float) -> str:
+    return '-' if number is None else f'{number / unit:g}'
+
+
+def difference(number: int, paper: float | None) -> str:
+    return '' if paper is None else f' ({100 * (number / paper - 1):+.1f}%)'
+
+
+def markdown_row(entry: MetafileEntry, figures: ConfigFigures) -> str:
+    model, backbone = figures.model, figures.backbone
+    cells = (
+        entry.config.stem,
+        figures.workload,
+        millions(model.parameters) + difference(model.parameters, entry.parameters),
+        published(entry.parameters, 1e6),
+        billions(model.layers) + difference(model.layers, entry.flops),
+        billions(model.total) + difference(model.total, entry.flops),
+        published(entry.flops, 1e9),
+        millions(backbone.parameters),
+        billions(backbone.layers),
+        billions(backbone.total),
+    )
+    return f'| {" | ".join(cells)} |'
+
+
+def markdown_page(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
+    lines = [
+        '# Parameters and FLOPs\n',
+        f'Written by `{shlex.join(["python", "tools/get_flops.py", *sys.argv[1:]])}`.\n',
+        EXPLANATION,
+        f'| {" | ".join(COLUMNS)} |',
+        f'| --- | --- |{" ---: |" * (len(COLUMNS) - 2)}',
+        *(markdown_row(entry, figures) for entry, figures in results),
+        '',
+    ]
+    lines += [
+        f'Not counted in {entry.config.stem}: {not_counted(figures)}.\n'
+        for entry, figures in results
+        if figures.uncounted
+    ]
+    return '\n'.join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    results = []
+    for entry in track(list_entries(args.configs), description='counting', transient=True):
+        cfg = Config.fromfile(entry.config)
+        if args.cfg_options is not None:
+            cfg.merge_from_dict(args.cfg_options)
+        try:
+            figures = count_config(cfg, args.shape)
+        except ValueError as error:
+            raise SystemExit(f'{entry.config}: {error}') from error
+        results.append((entry, figures))
+        rich_print(terminal_table(entry.config, figures))
+    if args.markdown is not None:
+        args.markdown.write_text(markdown_page(results))
+        print(f'wrote {args.markdown}')
+
+
+if __name__ == '__main__':
+    main()
