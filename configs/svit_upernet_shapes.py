@@ -39,7 +39,7 @@ test_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=2,
     dataset=dict(
         _delete_=True,
@@ -88,13 +88,13 @@ model = dict(
 )
 
 # --- schedule -----------------------------------------------------------------------------
-max_iters = 400
-train_cfg = dict(max_iters=max_iters, val_interval=100)
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
+max_iters = 800
+train_cfg = dict(max_iters=max_iters, val_interval=200)
+optim_wrapper = dict(optimizer=dict(lr=3e-3), clip_grad=dict(max_norm=1.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20),
     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=20, end=max_iters),
 ]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=100))
-auto_scale_lr = dict(base_batch_size=8)
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=200))
+auto_scale_lr = dict(base_batch_size=4)
 randomness = dict(seed=0)
