@@ -1,4 +1,7 @@
-"""Finding wrong data before any work is lost to it."""
+"""Finding wrong data before any work is lost to it: cheap checks, made before every run.
+
+:mod:`mmsvit.dataset_inspection` is the thorough look, on demand.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from torch import nn
 from .registry import HOOKS
 
 
-def _dataset_configs(cfg: dict) -> Iterator[dict]:
+def dataset_configs(cfg: dict) -> Iterator[dict]:
     """The innermost data sets of a data set config with its wrappers."""
     if 'dataset' in cfg:
-        yield from _dataset_configs(cfg['dataset'])
+        yield from dataset_configs(cfg['dataset'])
     elif 'datasets' in cfg:
         for inner in cfg['datasets']:
-            yield from _dataset_configs(inner)
+            yield from dataset_configs(inner)
     else:
         yield cfg
 
@@ -50,7 +53,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     datasets = {
         split: [
             dataset
-            for dataset in _dataset_configs(cfg[f'{split}_dataloader']['dataset'])
+            for dataset in dataset_configs(cfg[f'{split}_dataloader']['dataset'])
             if not dataset.get('backend_args')
         ]
         for split in splits
@@ -165,13 +168,13 @@ def check_classes(
         )
 
 
-def _datasets(dataset: object) -> Iterator[BaseDataset]:
+def built_datasets(dataset: object) -> Iterator[BaseDataset]:
     """The innermost data sets of a built data set with its wrappers."""
     if hasattr(dataset, 'datasets'):
         for inner in dataset.datasets:
-            yield from _datasets(inner)
+            yield from built_datasets(inner)
     elif hasattr(dataset, 'dataset'):
-        yield from _datasets(dataset.dataset)
+        yield from built_datasets(dataset.dataset)
     elif isinstance(dataset, BaseDataset):
         yield dataset
 
@@ -207,7 +210,7 @@ class CheckDatasetHook(Hook):
         self._check('test', runner.test_dataloader.dataset, runner.model)
 
     def _check(self, split: str, dataset: object, model: nn.Module) -> None:
-        for part in _datasets(dataset):
+        for part in built_datasets(dataset):
             if getattr(part, 'backend_args', None):
                 continue
             if hasattr(part, 'COCOAPI') and '://' not in part.ann_file:

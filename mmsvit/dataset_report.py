@@ -1,0 +1,108 @@
+"""What a look at a config's data found: counts of each split, errors and warnings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+SHOWN = 5  # examples of one kind of problem
+
+
+@dataclass
+class Problem:
+    """One kind of problem in one split.
+
+    Attributes:
+        level: ``'error'`` (training fails, or learns something wrong) or ``'warning'``
+            (training runs, and something about the data should be known).
+        split: Where, for example ``'train'``.
+        kind: What is wrong, in the plural.
+        count: How often.
+        examples: The first few, with file names.
+    """
+
+    level: str
+    split: str
+    kind: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Counts:
+    """How much there is of one data set; None is not known, and printed as a dash."""
+
+    split: str
+    data_set: str
+    images: int | None = None
+    used: int | None = None  # after the data set's own filter
+    annotations: int | None = None
+    classes: int | None = None
+    decoded: int | None = None
+    loaded: int | None = None  # through the pipeline
+
+
+class DatasetReport:
+    """Counts and problems, in the order in which they were found."""
+
+    def __init__(self) -> None:
+        self.counts: list[Counts] = []
+        self._problems: dict[tuple[str, str, str], Problem] = {}
+
+    def error(self, split: str, kind: str, example: str) -> None:
+        """Add an example of something that makes training fail or learn wrong things."""
+        self._add('error', split, kind, example)
+
+    def warning(self, split: str, kind: str, example: str) -> None:
+        """Add an example of something that should be known, and does not hinder training."""
+        self._add('warning', split, kind, example)
+
+    def _add(self, level: str, split: str, kind: str, example: str) -> None:
+        problem = self._problems.setdefault((level, split, kind), Problem(level, split, kind))
+        problem.count += 1
+        if len(problem.examples) < SHOWN:
+            problem.examples.append(example)
+
+    def problems(self, level: str) -> list[Problem]:
+        """All of one level, ``'error'`` or ``'warning'``."""
+        return [problem for problem in self._problems.values() if problem.level == level]
+
+    def print(self, console: Console) -> None:
+        """Write a table of the counts, the warnings, the errors, and a last line that sums up."""
+        table = Table(box=SIMPLE, pad_edge=False)
+        for column in fields(Counts):
+            is_text = column.name in ('split', 'data_set')
+            table.add_column(
+                column.name.replace('_', ' '),
+                justify='left' if is_text else 'right',
+                overflow='fold',
+            )
+        for counts in self.counts:
+            values = [getattr(counts, column.name) for column in fields(Counts)]
+            table.add_row(*[_cell(value) for value in values])
+        console.print(table)
+        for level, style in (('warning', 'yellow'), ('error', 'red')):
+            for problem in self.problems(level):
+                head = f'{level}: {problem.split}: {problem.kind} ({problem.count:,})'
+                _print(console, head, style)
+                for example in problem.examples:
+                    _print(console, '    ' + example.replace('\n', '\n    '))
+                if problem.count > len(problem.examples):
+                    _print(console, f'    and {problem.count - len(problem.examples):,} more')
+        kinds = {level: len(self.problems(level)) for level in ('error', 'warning')}
+        summary = ', '.join(f'{n} kind{"s" * (n != 1)} of {level}' for level, n in kinds.items())
+        _print(console, summary, 'red' if kinds['error'] else 'green')
+
+
+def _cell(value: str | int | None) -> str:
+    if value is None:
+        return '-'
+    return f'{value:,}' if isinstance(value, int) else value
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    """Print names of files as they are: no markup in them, and no line breaks."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

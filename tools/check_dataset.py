@@ -1,0 +1,61 @@
+"""Check the data of a config before a long training.
+
+    python tools/check_dataset.py configs/svit_maskrcnn_coco.py
+    python tools/check_dataset.py configs/svit_maskrcnn_coco.py --splits val --all
+
+Looks at folders and files, every annotation, class names, num_classes of the heads, a sample
+of the images, and a few samples through the config's own pipeline. The exit status is 1 if
+there are errors, and 0 if there are at most warnings.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import set_random_seed
+from rich.console import Console
+
+from mmsvit.dataset_inspection import inspect_data
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file; it is code, so only one that you trust')
+    splits = ('train', 'val', 'test')
+    parser.add_argument('--splits', nargs='+', choices=splits, default=splits)
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument(
+        '--samples', type=int, default=200, help='images to decode of each data set'
+    )
+    number.add_argument('--all', action='store_true', help='decode all of them')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='settings to override, as key=value'
+    )
+    args = parser.parse_args()
+    if args.samples < 0:
+        parser.error('--samples must be 0 or more')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        cfg = Config.fromfile(args.config)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+    set_random_seed(0)
+    try:
+        report = inspect_data(cfg, args.splits, samples=None if args.all else args.samples)
+    except ValueError as error:
+        raise SystemExit(f'{args.config}: {error}') from error
+    report.print(Console())
+    raise SystemExit(1 if report.problems('error') else 0)
+
+
+if __name__ == '__main__':
+    main()
