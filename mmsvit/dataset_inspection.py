@@ -128,7 +128,13 @@ class _SplitInspection:
         self.report.warning(self.split, kind, example)
 
     def track(self, items: Sequence, what: str) -> Iterable:
-        return track(items, f'{self.split}: {what}', console=self.console, transient=True)
+        return track(
+            items,
+            f'{self.split}: {what}',
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
 
     def status(self, what: str) -> Status:
         return self.console.status(f'{self.split}: {what}')
@@ -159,7 +165,12 @@ class _SplitInspection:
             with self.status('building the data set'), redirect_stdout(StringIO()):
                 dataset = self.registry.build(self.dataset_cfg)
         except Exception as error:  # Whatever a data set of anybody raises is what to report.
-            self.error('data sets that cannot be built', _describe(error))
+            # What MMEngine ends in where a data set is empty after its filter.
+            if str(error) == 'need at least one array to concatenate':
+                for part in parts:
+                    self.error('data sets without images', _sources(part))
+            else:
+                self.error('data sets that cannot be built', _describe(error))
             return
         for built, part_counts in zip(built_datasets(dataset), counts):
             self.check_dataset(built, part_counts)
@@ -186,7 +197,7 @@ class _SplitInspection:
                 lambda annotations: self.track(annotations, 'annotations'),
             )
             counts.images = len(content['images'])
-            counts.annotations = len(content.get('annotations', ()))
+            counts.labels = len(content.get('annotations', ()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.error('annotation files that are not COCO format', _describe(error))
 
@@ -196,10 +207,6 @@ class _SplitInspection:
         counts.used, counts.classes = len(dataset), classes and len(classes)
         if counts.images is None:
             counts.images = len(dataset)
-        if len(dataset) == 0:
-            where = f'{dataset.data_prefix}, ann_file {dataset.ann_file!r}'
-            self.error('data sets without images', where)
-            return
         infos = (
             dataset.get_data_info(i) for i in self.track(range(len(dataset)), 'list of images')
         )
@@ -213,12 +220,12 @@ class _SplitInspection:
         local = not getattr(dataset, 'backend_args', None) and '://' not in images[0]
         there = self.check_files('images', images) if local else np.ones(len(images), bool)
         if maps[0] is not None:
-            counts.annotations = len(maps)
+            counts.labels = len(maps)
             if local:
                 there &= self.check_files('label maps', maps)
                 self.check_maps_without_image(dataset, maps)
         if labels[0] is not None:
-            counts.annotations = len(labels)
+            counts.labels = len(labels)
             self.check_labels(images, labels, classes)
 
         chosen = np.flatnonzero(there)
@@ -342,7 +349,8 @@ class _SplitInspection:
             try:
                 sample = dataset[int(i)]
             except Exception as error:  # Pipelines raise about anything.
-                self.error('samples that the pipeline cannot load', f'{i}: {_describe(error)}')
+                where = f'sample {i}, {_image_of(dataset, int(i))}: {_describe(error)}'
+                self.error('samples that the pipeline cannot load', where)
                 continue
             loaded += 1
             if not isinstance(sample, dict) or 'inputs' not in sample:
@@ -361,5 +369,18 @@ def _type_name(part: dict) -> str:
     return part['type'].__name__ if isinstance(part['type'], type) else part['type']
 
 
+def _sources(part: dict) -> str:
+    """Where a data set looks for images, to find out why there are none."""
+    keys = ('data_root', 'data_prefix', 'ann_file', 'img_suffix', 'seg_map_suffix', 'filter_cfg')
+    return ', '.join(f'{key}={part[key]!r}' for key in keys if part.get(key))
+
+
+def _image_of(dataset: BaseDataset, i: int) -> str:
+    """The file of a sample; of one that is mixed of several, nobody knows."""
+    if not hasattr(dataset, 'get_data_info'):
+        return 'of several images'
+    return str(dataset.get_data_info(i).get('img_path'))
+
+
 def _describe(error: Exception) -> str:
-    return f'{type(error).__name__}: {error}'
+    return f'{type(error).__name__}: {error}'.strip()

@@ -39,7 +39,7 @@ class Counts:
     data_set: str
     images: int | None = None
     used: int | None = None  # after the data set's own filter
-    annotations: int | None = None
+    labels: int | None = None  # objects, label maps or labelled images
     classes: int | None = None
     decoded: int | None = None
     loaded: int | None = None  # through the pipeline
