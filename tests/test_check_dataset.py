@@ -501,15 +501,16 @@ def test_damaged_label_maps_are_named(scenes, damage, level, kind, detail):
     assert level == 'error' or not report.problems('error'), printed(report)
 
 
-def test_classes_without_pixels_are_told_only_of_all_label_maps(scenes):
+@pytest.mark.parametrize(
+    ('reduce_zero_label', 'absent'),
+    [(False, ['tree (value 1)', 'sky (value 2)']), (True, ['tree (value 2)', 'sky (value 3)'])],
+)
+def test_classes_without_pixels_are_told_only_of_all_label_maps(scenes, reduce_zero_label, absent):
     for i in range(4):
-        write_labels(scenes, i, np.zeros((24, 32)))
-    kind = ('warning', 'classes without pixels')
-    assert found(inspect_data(segmentation_config(scenes)))[kind] == [
-        'tree (value 1)',
-        'sky (value 2)',
-    ]
-    assert kind not in found(inspect_data(segmentation_config(scenes), samples=2))
+        write_labels(scenes, i, np.full((24, 32), int(reduce_zero_label)))
+    cfg = segmentation_config(scenes, reduce_zero_label=reduce_zero_label)
+    assert found(inspect_data(cfg)) == {('warning', 'classes without pixels'): absent}
+    assert not found(inspect_data(cfg, samples=2))
 
 
 def test_images_of_another_suffix_are_no_data(scenes):
