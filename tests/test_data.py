@@ -12,6 +12,7 @@ from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from torch import nn
 
 from mmsvit.data_check import CheckDatasetHook, check_data
 
@@ -106,7 +107,8 @@ def check(shapes, classes=CLASSES, ann_file='annotations/instances_val.json', pr
         data_prefix=dict(img=prefix),
         metainfo=dict(classes=classes),
     )
-    runner = SimpleNamespace(test_dataloader=SimpleNamespace(dataset=dataset))
+    loader = SimpleNamespace(dataset=dataset)
+    runner = SimpleNamespace(test_dataloader=loader, model=nn.Identity())
     CheckDatasetHook().before_test(runner)
 
 
