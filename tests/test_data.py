@@ -45,11 +45,24 @@ def test_annotations_are_true(shapes, split):
         assert not masks or np.sum(masks, axis=0).max() <= 1
 
 
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_label_maps_are_the_masks(shapes, split):
+    coco = COCO(shapes / 'annotations' / f'instances_{split}.json')
+    for image in coco.imgs.values():
+        file = shapes / 'annotations' / f'semantic_{split}' / f'{image["id"] - 1:06d}.png'
+        label_map = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+        assert label_map.shape == (64, 64) and label_map.dtype == np.uint8
+        expected = np.zeros((64, 64), np.uint8)
+        for annotation in coco.imgToAnns[image['id']]:
+            expected[coco.annToMask(annotation) == 1] = annotation['category_id']
+        assert (label_map == expected).all() and (label_map == 0).any()
+
+
 def test_seed_decides_everything(tmp_path):
     for name, seed in (('a', '1'), ('b', '1'), ('c', '2')):
         generate(tmp_path / name, '--seed', seed)
     files = sorted(p.relative_to(tmp_path / 'a') for p in (tmp_path / 'a').rglob('*.*'))
-    assert len(files) == 3 + 2 + 2 + 1
+    assert len(files) == 2 * (3 + 2) + 2 + 1  # images and label maps, annotations, settings
     for file in files:
         assert (tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes()
     image = 'train/000000.jpg'
