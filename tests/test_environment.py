@@ -130,6 +130,22 @@ def test_an_environment_of_the_other_family_is_not_touched(setup_env, tmp_path):
         setup_env.set_up('onedl', tmp_path, dev=False, ops='auto')
 
 
+def test_ops_chosen_before_are_kept(setup_env, tmp_path, monkeypatch):
+    stamp = tmp_path / 'mmsvit-setup.json'
+    made = []
+    for name in ('run', 'install', 'check_python', 'check_disk'):
+        monkeypatch.setattr(setup_env, name, lambda *args: None)
+    monkeypatch.setattr(setup_env, 'install_mmcv', lambda python, mmcv, ops: made.append(ops))
+    monkeypatch.setattr(setup_env, 'works', lambda python: True)
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'python').touch()
+    for dev, ops in ((False, 'torchvision'), (False, 'auto'), (True, 'auto'), (False, 'auto')):
+        setup_env.set_up('onedl', tmp_path, dev=dev, ops=ops)
+    assert made == ['torchvision', 'torchvision']  # again for the test tools, and with the same
+    setup_env.set_up('onedl', tmp_path, dev=False, ops='build')
+    assert made[-1] == 'build' and '"ops": "build"' in stamp.read_text()
+
+
 def test_an_active_environment_must_have_the_family_that_is_asked_for(setup_env, monkeypatch):
     (family,) = check_env.installed_families()
     other = {'onedl': 'openmmlab', 'openmmlab': 'onedl'}[family]

@@ -53,6 +53,27 @@ def test_nms_keeps_the_same_on_a_thousand_cases(compiled):
 
 
 @needs_compiled
+@pytest.mark.parametrize('kind', ['nms', 'soft_nms'])
+@pytest.mark.parametrize('class_agnostic', [False, True])
+@pytest.mark.parametrize('split_thr', [10000, 50])  # more boxes than that: class by class
+def test_class_wise_nms_is_the_same(kind, class_agnostic, split_thr, monkeypatch):
+    from mmcv.ops import batched_nms
+
+    module = importlib.import_module('mmcv.ops.nms')
+    rng = np.random.default_rng(0)
+    cfg = dict(type=kind, iou_threshold=0.5, split_thr=split_thr)
+    for _ in range(50):
+        boxes, scores = random_boxes(rng, int(rng.integers(1, 120)))
+        classes = torch.tensor(rng.integers(0, 5, len(boxes)))
+        results = []
+        for ops in (module.ext_module, torchvision_ops):
+            with monkeypatch.context() as patched:
+                patched.setattr(module, 'ext_module', ops)
+                results.append(batched_nms(boxes, scores, classes, dict(cfg), class_agnostic))
+        torch.testing.assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiled
 @pytest.mark.parametrize('method', [0, 1, 2])
 def test_soft_nms_is_the_same(compiled, method):
     rng = np.random.default_rng(method)

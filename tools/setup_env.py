@@ -321,6 +321,8 @@ def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
                 f'{venv} holds the {there["family"]} family, and the two cannot share an '
                 'environment: remove it, or name another with --venv'
             )
+        if ops == 'auto' and there.get('ops'):  # Whoever chose before chose for later, too.
+            wanted['ops'] = ops = there['ops']
         # An environment with the test tools also serves those who do not need them.
         if there in (wanted, {**wanted, 'dev': True}) and works(python):
             say(f'{venv} is set up already')
