@@ -1,0 +1,70 @@
+"""Two processes train the same model as one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+
+# Without what is random or depends on who sees which image: dropout, flips, batch statistics.
+# SGD, because Adam makes a step of full length out of a gradient that is nearly zero.
+CONFIG = """
+_base_ = {base!r}
+train_pipeline = [
+    dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')
+]
+norm_cfg = dict(type='GN', num_groups=8)
+model = dict(
+    data_preprocessor=dict(size=(64, 64)),
+    backbone=dict(norm_eval=True),
+    decode_head=dict(norm_cfg=dict(_delete_=True, **norm_cfg), dropout_ratio=0.0),
+    auxiliary_head=dict(norm_cfg=dict(_delete_=True, **norm_cfg), dropout_ratio=0.0),
+)
+train_dataloader = dict(
+    batch_size={batch_size},
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(data_root={data!r}, pipeline=train_pipeline),
+)
+val_dataloader = val_evaluator = val_cfg = None
+test_dataloader = test_evaluator = test_cfg = None
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=3)
+optim_wrapper = dict(
+    _delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9)
+)
+param_scheduler = []
+default_hooks = dict(checkpoint=dict(interval=3, save_best=None))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(shapes, tmp_path):
+    def config(name: str, batch_size: int) -> Path:
+        path = tmp_path / f'{name}.py'
+        base = str(ROOT / 'configs' / 'svit_upernet_shapes.py')
+        path.write_text(CONFIG.format(base=base, batch_size=batch_size, data=f'{shapes}/'))
+        return path
+
+    one, two = config('one', 4), config('two', 2)
+    run_python(ROOT / 'tools' / 'train.py', one, '--work-dir', tmp_path / 'one')
+    scripts = Path(sys.executable).parent
+    env = dict(os.environ, PATH=f'{scripts}{os.pathsep}{os.environ["PATH"]}', OMP_NUM_THREADS='1')
+    result = subprocess.run(
+        ['bash', ROOT / 'tools' / 'dist_train.sh', two, '2', '--work-dir', tmp_path / 'two'],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    weights = [
+        torch.load(tmp_path / name / 'iter_3.pth', weights_only=False)['state_dict']
+        for name in ('one', 'two')
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-6)
