@@ -5,7 +5,8 @@ Three kinds of file hold an SViT backbone: one that the authors published
 classifier and constants among the weights), the same converted by
 ``tools/convert_checkpoint.py``, and one that an MMEngine runner saved. What is
 known not to belong to the backbone is dropped by name. Everything else must
-fit exactly.
+fit exactly. The classifier around the backbone, as the authors published it, is
+``backbone``, ``neck`` and ``head`` of an mmpretrain ``ImageClassifier``.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ _RENAMED = (
     ('.mlp2.conv.conv.', '.ffn.dwconv.'),
     ('.mlp2.', '.ffn.'),
 )
-# Classifier, and the one-hot kernels by which the published code gathers and scatters.
-_NOT_BACKBONE = re.compile(r'(proj|norm|head)\.|.*\.attn\.(unfold|fold)\.weights$')
+# The published classifier, and what it is in an ImageClassifier with mmsvit.ProjectionPooling.
+_CLASSIFIER = {'proj.': 'neck.proj.', 'norm.': 'neck.norm.', 'head.': 'head.fc.'}
+# The one-hot kernels by which the published code gathers and scatters.
+_CONSTANT = re.compile(r'.*\.attn\.(unfold|fold)\.weights$')
 # 1x1 convolutions there are linear layers here, and a layer scale is a vector.
 _POINTWISE = re.compile(r'.*\.(attn\.attend\.(qkv|proj)|ffn\.fc[12])\.weight$')
 _LAYER_SCALE = re.compile(r'.*\.gamma_[12]$')
@@ -132,6 +135,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The weights of a checkpoint under the names it gives them, but for DDP's prefix."""
+    weights = checkpoint
+    for container in ('state_dict', 'model'):
+        if isinstance(checkpoint.get(container), Mapping):
+            weights = checkpoint[container]
+            break
+    if not all(isinstance(key, str) and not key.startswith('module.') for key in weights):
+        weights = {str(key).removeprefix('module.'): value for key, value in weights.items()}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(
+            f'the checkpoint holds no weights: found the keys {_some(checkpoint)}, expected weights '
+            "under 'model' (the authors' files) or 'state_dict' (a runner's)"
+        )
+    return weights
+
+
+def _is_published(weights: Mapping[str, Tensor]) -> bool:
+    return 'patch_embed.proj.0.weight' in weights
+
+
 def backbone_state_dict(
     checkpoint: Mapping[str, Any], prefix: str | None = None
 ) -> dict[str, Tensor]:
@@ -145,17 +169,7 @@ def backbone_state_dict(
     Raises:
         ValueError: There are no weights, or none under ``prefix``.
     """
-    weights = checkpoint
-    for container in ('state_dict', 'model'):
-        if isinstance(checkpoint.get(container), Mapping):
-            weights = checkpoint[container]
-            break
-    weights = {str(key).removeprefix('module.'): value for key, value in weights.items()}
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(
-            f'the checkpoint holds no weights: found the keys {_some(checkpoint)}, expected weights '
-            "under 'model' (the authors' files) or 'state_dict' (a runner's)"
-        )
+    weights = _weights(checkpoint)
     if prefix is None and any(key.startswith('backbone.') for key in weights):
         prefix = 'backbone.'
     if prefix:
@@ -164,13 +178,39 @@ def backbone_state_dict(
         if not found:
             raise ValueError(f'no weights start with {prefix!r}; found {_some(weights)}')
         weights = found
-    if 'patch_embed.proj.0.weight' in weights:
+    if _is_published(weights):
         weights = dict(
             _convert_published(key, value)
             for key, value in weights.items()
-            if not _NOT_BACKBONE.match(key)
+            if not key.startswith(tuple(_CLASSIFIER)) and not _CONSTANT.match(key)
         )
-    return weights
+    return dict(weights)
+
+
+def model_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The weights of a whole model, those of the authors' classifier under mmpretrain's names.
+
+    Args:
+        checkpoint: As read by :func:`read_checkpoint`.
+
+    Returns:
+        What the authors published as weights of ``backbone``, ``neck`` and ``head``, with all
+        that is unknown left in; any other checkpoint's weights as they are.
+
+    Raises:
+        ValueError: There are no weights.
+    """
+    weights = _weights(checkpoint)
+    if not _is_published(weights):
+        return weights
+    backbone = backbone_state_dict(weights)
+    classifier = {
+        ours + key[len(theirs) :]: value
+        for key, value in weights.items()
+        for theirs, ours in _CLASSIFIER.items()
+        if key.startswith(theirs)
+    }
+    return {**{f'backbone.{key}': value for key, value in backbone.items()}, **classifier}
 
 
 def _convert_published(key: str, value: Tensor) -> tuple[str, Tensor]:
@@ -220,6 +260,23 @@ def load_pretrained(backbone: nn.Module, path: str | Path, prefix: str | None = 
     if not any(key.startswith('out_norms.') for key in found):
         found.update((k, v) for k, v in expected.items() if k.startswith('out_norms.'))
 
+    check_fit(found, expected, repr(str(path)))
+    backbone.load_state_dict(found)
+    print_log(f'SViT: loaded {len(found)} backbone weights from {path}', logger='current')
+
+
+def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Compare names and shapes of weights.
+
+    Args:
+        found: Weights to load.
+        expected: Those of the model.
+        source: What ``found`` is from, for the message.
+
+    Raises:
+        ValueError: Weights are missing, unexpected or of another shape; the message names
+            them.
+    """
     problems = [
         ('missing from the file', [key for key in expected if key not in found]),
         ('in the file but not in the model', [key for key in found if key not in expected]),
@@ -237,11 +294,9 @@ def load_pretrained(backbone: nn.Module, path: str | Path, prefix: str | None = 
             f'{len(keys)} weights are {what}: {_some(keys)}' for what, keys in problems if keys
         ]
         raise ValueError(
-            f'{str(path)!r} does not fit this SViT ({_describe(expected)}; the file: '
+            f'{source} does not fit this SViT ({_describe(expected)}; the file: '
             f'{_describe(found)}). Nothing was loaded.\n  ' + '\n  '.join(lines)
         )
-    backbone.load_state_dict(found)
-    print_log(f'SViT: loaded {len(found)} backbone weights from {path}', logger='current')
 
 
 def _describe(weights: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -111,7 +111,10 @@ def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
     root = dataset.get('data_root')
     named = {'data_root': _local(None, root), 'ann_file': _local(root, dataset.get('ann_file'))}
     prefixes = dataset.get('data_prefix')
-    if isinstance(prefixes, str):
+    kind = getattr(dataset['type'], '__name__', str(dataset['type'])).rpartition('.')[2]
+    if kind == 'ImageNet' and not prefixes and dataset.get('split'):
+        named['split'] = _local(root, dataset['split'])  # A folder of the name of the split.
+    elif isinstance(prefixes, str):
         named['data_prefix'] = _local(root, prefixes)
     elif prefixes:
         named.update((f'data_prefix.{key}', _local(root, value)) for key, value in prefixes.items())
@@ -179,14 +182,51 @@ def built_datasets(dataset: object) -> Iterator[BaseDataset]:
         yield dataset
 
 
+def check_class_folders(datasets: dict[str, object]) -> None:
+    """Check that folders of images, one for each class, mean the same labels everywhere.
+
+    mmpretrain numbers the folders of each split by themselves, in alphabetical order.
+
+    Args:
+        datasets: Built data sets by split; those without such folders are left out.
+
+    Raises:
+        ValueError: Folders differ between the splits, or are in another order than the classes
+            of the config.
+    """
+    parts = [
+        (split, part)
+        for split, dataset in datasets.items()
+        for part in built_datasets(dataset)
+        if getattr(part, 'folder_to_idx', None)
+    ]
+    if not parts:
+        return
+    first, expected = parts[0][0], list(parts[0][1].folder_to_idx)
+    for split, part in parts:
+        found = list(part.folder_to_idx)
+        if found != expected:
+            raise ValueError(
+                f'the {split} data set numbers its classes by other folders than the {first} data '
+                f'set: only {first} has {sorted(set(expected) - set(found))}, only {split} has '
+                f'{sorted(set(found) - set(expected))}. Make the same folders, even if empty.'
+            )
+        classes = part.metainfo['classes']
+        if sorted(classes) == sorted(found) and list(classes) != found:
+            raise ValueError(
+                f'metainfo.classes of the {split} data set is in another order than the folders, '
+                f'which decide the labels. Set it to {tuple(found)}'
+            )
+
+
 @HOOKS.register_module()
 class CheckDatasetHook(Hook):
     """Check built data sets before the first iteration, whichever tool started the run.
 
-    The classes as :func:`check_data` does, that the first image and label map exist, and
-    that the heads of a segmentor have as many classes (of a detector, MMDetection's
-    ``NumClassCheckHook`` sees to it). (A stock tool fails by itself, if less clearly, where
-    files are missing or no class matches.)
+    The classes as :func:`check_data` does, those of image folders, that the first image and
+    label map exist, and that a segmentor or classifier has as many classes (of a detector,
+    MMDetection's ``NumClassCheckHook`` sees to it). (A stock tool fails by itself, if less
+    clearly, where files are missing or no class matches.)
     """
 
     priority = 'VERY_HIGH'
@@ -197,9 +237,12 @@ class CheckDatasetHook(Hook):
         Raises:
             ValueError, FileNotFoundError: What is wrong, and with which data set.
         """
-        self._check('train', runner.train_dataloader.dataset, runner.model)
+        datasets = {'train': runner.train_dataloader.dataset}
         if runner.val_loop is not None:
-            self._check('val', runner.val_dataloader.dataset, runner.model)
+            datasets['val'] = runner.val_dataloader.dataset
+        check_class_folders(datasets)
+        for split, dataset in datasets.items():
+            self._check(split, dataset, runner.model)
 
     def before_test(self, runner: Runner) -> None:
         """Check test data.
@@ -207,6 +250,7 @@ class CheckDatasetHook(Hook):
         Raises:
             ValueError, FileNotFoundError: What is wrong, and with which data set.
         """
+        check_class_folders({'test': runner.test_dataloader.dataset})
         self._check('test', runner.test_dataloader.dataset, runner.model)
 
     def _check(self, split: str, dataset: object, model: nn.Module) -> None:
@@ -218,6 +262,8 @@ class CheckDatasetHook(Hook):
                 check_classes(split, part.ann_file, classes, type(part))
             if hasattr(part, 'reduce_zero_label'):
                 _check_num_classes(split, part.metainfo['classes'], model)
+            if getattr(part, 'folder_to_idx', None):
+                _check_num_classes(split, part.folder_to_idx, model)
             first = part.get_data_info(0)
             for file in (first.get('img_path'), first.get('seg_map_path')):
                 if file and '://' not in file and not Path(file).is_file():
@@ -227,11 +273,12 @@ class CheckDatasetHook(Hook):
                     )
 
 
-def _check_num_classes(split: str, classes: Sequence[str], model: nn.Module) -> None:
+def _check_num_classes(split: str, classes: Collection[str], model: nn.Module) -> None:
     for name, module in model.named_modules():
         count = getattr(module, 'num_classes', None)
         if isinstance(count, int) and count != len(classes):
             raise ValueError(
                 f'{name}.num_classes is {count}, but the {split} data set has {len(classes)} '
-                'classes: set num_classes of every head (decode_head, auxiliary_head) to that'
+                'classes: set num_classes of every head (decode_head, auxiliary_head), and of the '
+                'data_preprocessor of a classifier, to that'
             )

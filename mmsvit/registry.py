@@ -9,8 +9,18 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmsvit', locations=['mmsvit.svit'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmsvit', locations=['mmsvit.data_check'])
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='mmsvit',
+    locations=['mmsvit.svit', 'mmsvit.projection_pooling'],
+)
+HOOKS = Registry(
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='mmsvit',
+    locations=['mmsvit.data_check', 'mmsvit.strict_checkpoint'],
+)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,

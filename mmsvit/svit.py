@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import load_pretrained
+from .checkpoint import check_fit, load_pretrained, model_state_dict
 from .registry import MODELS
 from .super_token_attention import ATTENTIONS
 
@@ -523,12 +523,38 @@ class SViT(BaseModule):
             return
         if self.norm_eval:
             print_log(
-                'SViT: norm_eval=True without pretrained weights: every batch norm keeps mean 0 and '
-                'variance 1 for the whole training. Set norm_eval=False to train from scratch.',
+                'SViT: norm_eval=True without pretrained weights: unless load_from or resume brings '
+                'some, every batch norm keeps mean 0 and variance 1 for the whole training. Set '
+                'norm_eval=False to train from scratch.',
                 logger='current',
                 level=logging.WARNING,
             )
         super().init_weights()
+
+    def _checkpoint_filter(self, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+        """Let a classifier load the file that the authors published.
+
+        mmpretrain's ``ImageClassifier`` looks for a method of this name, and calls it before
+        it loads weights.
+
+        Args:
+            state_dict: What is being loaded; changed in place.
+            prefix: Where the classifier is in the model that is being loaded.
+
+        Raises:
+            ValueError: It is a published file, of another arch.
+        """
+        if prefix or not ({'model', 'patch_embed.proj.0.weight'} & set(state_dict)):
+            return
+        weights = dict(model_state_dict(state_dict))
+        backbone = {
+            key.removeprefix('backbone.'): value
+            for key, value in weights.items()
+            if key.startswith('backbone.')
+        }
+        check_fit(backbone, self.state_dict(), "the authors' file")
+        state_dict.clear()
+        state_dict.update(weights)
 
     def _freeze_stages(self) -> None:
         frozen = [self.stem] if self.frozen_stages >= 0 else []

@@ -33,7 +33,8 @@ def test_config_builds(path):
     model = MODELS.build(cfg.model)
     assert isinstance(model.backbone, SViT)
     dims = [model.backbone.embed_dims[i] for i in model.backbone.out_indices]
-    assert cfg.model.neck.in_channels == dims
+    channels = cfg.model.neck.in_channels
+    assert (channels if isinstance(channels, list) else [channels]) == dims
     assert cfg.auto_scale_lr.base_batch_size > 0
 
 

@@ -1,4 +1,4 @@
-"""Generate a small data set for detection and segmentation, with nothing to download.
+"""Generate a small data set for any of the tasks, with nothing to download.
 
 Circles, squares, triangles, stars and rings of any size and angle on textured backgrounds.
 Each class keeps to a range of hues. They overlap; the masks are those of the visible parts.
@@ -6,6 +6,7 @@ Annotations are a COCO file and label maps (0 is the background). The same seed 
 files.
 
     python tools/make_shapes_dataset.py data/shapes
+    python tools/make_shapes_dataset.py data/shapes_classification --task classification
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -32,6 +34,13 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('out', type=Path, help='folder to write, for example data/shapes')
+    parser.add_argument(
+        '--task',
+        choices=['detection', 'classification'],
+        default='detection',
+        help='detection: a COCO file and label maps, for segmentation as well; classification: '
+        'a folder of images for each class, with one shape in an image',
+    )
     parser.add_argument('--num-train', type=int, default=800, help='training images')
     parser.add_argument('--num-val', type=int, default=100, help='validation images')
     parser.add_argument('--size', type=int, default=160, help='image height and width in pixels')
@@ -98,9 +107,12 @@ def class_colour(rng: np.random.Generator, label: int) -> np.ndarray:
 
 
 def draw_image(
-    rng: np.random.Generator, size: int, max_shapes: int
+    rng: np.random.Generator,
+    size: int,
+    max_shapes: int,
+    labels: Sequence[int] = range(len(CLASSES)),
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """Draw one image.
+    """Draw one image, with shapes of the classes ``labels``.
 
     Returns:
         The image, uint8 ``(size, size, 3)`` in BGR, and for each visible shape its class
@@ -109,7 +121,7 @@ def draw_image(
     image = texture(rng, size)
     shapes: list[tuple[int, np.ndarray, int]] = []
     for _ in range(rng.integers(1, max_shapes + 1)):
-        label = int(rng.integers(len(CLASSES)))
+        label = int(labels[rng.integers(len(labels))])
         radius = size * rng.uniform(0.11, 0.22)
         center = rng.uniform(radius * 0.5, size - radius * 0.5, 2)
         coverage = shape_mask(CLASSES[label], center, radius, rng.uniform(0, 2 * np.pi), size)
@@ -173,6 +185,20 @@ def make_split(out: Path, split: str, count: int, args: argparse.Namespace) -> N
     (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(data))
 
 
+def make_class_folders(out: Path, split: str, count: int, args: argparse.Namespace) -> None:
+    """Write the images of one split for classification, as many of each class as of another."""
+    for name in CLASSES:  # All, even if one stays empty: the folders number the classes.
+        (out / split / name).mkdir(parents=True)
+    for i in track(range(count), description=f'{split:>5}'):
+        rng = np.random.default_rng((args.seed, ('train', 'val').index(split), i))
+        label, shapes = i % len(CLASSES), []
+        while not shapes:  # A shape too small to count is drawn again.
+            image, shapes = draw_image(rng, args.size, max_shapes=1, labels=[label])
+        file = out / split / CLASSES[label] / f'{i:06d}.jpg'
+        if not cv2.imwrite(str(file), image, [cv2.IMWRITE_JPEG_QUALITY, 95]):
+            raise OSError(f'cannot write {file}')
+
+
 def main() -> None:
     args = parse_args()
     settings = {key: value for key, value in vars(args).items() if key not in ('out', 'overwrite')}
@@ -188,8 +214,9 @@ def main() -> None:
                 'name another folder, or --overwrite to replace it'
             )
         shutil.rmtree(args.out)
-    make_split(args.out, 'train', args.num_train, args)
-    make_split(args.out, 'val', args.num_val, args)
+    make = {'detection': make_split, 'classification': make_class_folders}[args.task]
+    make(args.out, 'train', args.num_train, args)
+    make(args.out, 'val', args.num_val, args)
     # Written last: a run that was broken off does not pass for a whole data set.
     settings_file.write_text(json.dumps(settings))
     print(f'wrote {args.num_train} training and {args.num_val} validation images to {args.out}')

@@ -85,9 +85,10 @@ def main() -> None:
         apply_tta(cfg)
     if args.out is not None:
         dump_into(cfg, args.out)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    cfg.load_from, cfg.resume = args.checkpoint, False
     # By default MMEngine only warns where a checkpoint does not fit.
-    runner.load_checkpoint(args.checkpoint, strict=True)
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmsvit.StrictCheckpointHook')]
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.test()
 
 

@@ -1,0 +1,12 @@
+"""What every run on ImageNet has beside model, data and schedule."""
+
+_base_ = [__import__('mmsvit').config_path('mmpretrain::_base_/default_runtime.py')]
+
+# Not for the backbone, which is found by its type: inferencers read a checkpoint before they
+# build the model, and with OpenMMLab's MMEngine on torch 2.6 or later cannot without this.
+custom_imports = dict(imports=['mmsvit.checkpoint'], allow_failed_imports=False)
+# No EMAHook: the authors keep an average, too (of decay 0.99996), but what they evaluate and
+# publish accuracies of are the weights themselves, and EMAHook would evaluate and save the
+# average. To have it, add dict(type='EMAHook', momentum=4e-5, priority='ABOVE_NORMAL').
+custom_hooks = [dict(type='mmsvit.CheckDatasetHook'), dict(type='mmsvit.StrictCheckpointHook')]
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='auto'))
