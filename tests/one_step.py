@@ -46,9 +46,8 @@ def use_small_data(cfg: Config, data: str) -> None:
     if cfg.default_scope == 'mmdet':
         cfg.val_evaluator.ann_file = f'{data}/annotations/instances_val.json'
     cfg.train_dataloader.batch_size = 2
-    if cfg.train_dataloader.sampler.type == 'RepeatAugSampler':
-        cfg.train_dataloader.sampler.selected_round = 0  # It takes multiples of 256 images.
-    cfg.model.data_preprocessor = shrink(cfg.model.get('data_preprocessor', {}))
+    if 'data_preprocessor' in cfg.model:
+        cfg.model.data_preprocessor = shrink(cfg.model.data_preprocessor)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ ONE_OF_EACH = (
     'mask_rcnn/mask-rcnn_svit-s_fpn_1x_coco.py',
     'retinanet/retinanet_svit-s_fpn_1x_coco.py',
     'sem_fpn/svit-s_fpn_8xb2-80k_ade20k-512x512.py',
+    'svit/svit-small_8xb128_in1k.py',
     'upernet/svit-s_upernet_8xb2-160k_ade20k-512x512.py',
 )
 
