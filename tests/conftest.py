@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,10 +42,19 @@ def small_arch(**changes: tuple) -> dict:
 
 
 def run_python(
-    *arguments: str | Path, cwd: Path = ROOT, check: bool = True, timeout: int = 600
+    *arguments: str | Path,
+    cwd: Path = ROOT,
+    check: bool = True,
+    timeout: int = 600,
+    site: Path | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run a fresh Python; its output is in the failure message if it fails."""
+    """Run a fresh Python; its output is in the failure message if it fails.
+
+    What is in the folder ``site`` is imported before what is installed.
+    """
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    if site is not None:
+        env['PYTHONPATH'] = str(site)
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -65,6 +75,24 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ['--num-train', '8', '--num-val', '4', '--size', '64']
     run_python('tools/make_shapes_dataset.py', folder, *sizes)
     return folder
+
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory) -> Path:
+    """A folder with mmsvit installed from a wheel."""
+    folder = tmp_path_factory.mktemp('wheel')
+    source = folder / 'source'
+    source.mkdir()
+    for name in ('mmsvit', 'configs', 'tools', 'setup.py', 'pyproject.toml', 'README.md'):
+        # A copy: what an earlier build left behind would be packed again.
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    shutil.copy(ROOT / 'MANIFEST.in', source)
+    pip = ['-m', 'pip', '-q']
+    run_python(*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', folder, source)
+    (wheel,) = folder.glob('mmsvit-*.whl')
+    run_python(*pip, 'install', '--no-deps', '--target', folder / 'site', wheel)
+    return folder / 'site'
 
 
 WITHOUT_COMPILED = """

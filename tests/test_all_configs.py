@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,24 +29,6 @@ ONE_OF_EACH = (
     'svit/svit-small_8xb128_in1k.py',
     'upernet/svit-s_upernet_8xb2-160k_ade20k-512x512.py',
 )
-
-
-@pytest.fixture(scope='session')
-def site(tmp_path_factory) -> Path:
-    """A folder with mmsvit installed from a wheel."""
-    folder = tmp_path_factory.mktemp('wheel')
-    source = folder / 'source'
-    source.mkdir()
-    for name in ('mmsvit', 'configs', 'tools', 'setup.py', 'pyproject.toml', 'README.md'):
-        # A copy: what an earlier build left behind would be packed again.
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    shutil.copy(ROOT / 'MANIFEST.in', source)
-    pip = ['-m', 'pip', '-q']
-    run_python(*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', folder, source)
-    (wheel,) = folder.glob('mmsvit-*.whl')
-    run_python(*pip, 'install', '--no-deps', '--target', folder / 'site', wheel)
-    return folder / 'site'
 
 
 @pytest.fixture(scope='session')
@@ -78,15 +57,8 @@ def small_data(shapes, tmp_path_factory) -> Path:
 
 
 def step(name: str, site: Path, data: Path, work_dir: Path) -> None:
-    env = dict(os.environ, PYTHONPATH=str(site))
-    result = subprocess.run(
-        [sys.executable, ROOT / 'tests' / 'one_step.py', name, data, work_dir],
-        cwd=work_dir,
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    script = ROOT / 'tests' / 'one_step.py'
+    result = run_python(script, name, data, work_dir, cwd=work_dir, site=site)
     loss = result.stdout.rpartition('ONE STEP')[2]
     assert math.isfinite(float(loss))
 
