@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -80,27 +80,58 @@ def count_config(cfg: Config, shape: tuple[int, int] | None = None) -> ConfigFig
 
 @dataclass(frozen=True)
 class MetafileEntry:
-    """A config that a metafile lists, and the paper's figures for it where there are some."""
+    """A config that a metafile lists, with the results and the paper's figures that it has.
+
+    Attributes:
+        config: The file.
+        collection: What the metafile calls its models.
+        parameters: The paper's.
+        flops: The paper's, multiply-adds.
+        paper: The paper's results, by metric.
+        ours: Results of our own runs, by metric.
+    """
 
     config: Path
-    parameters: float | None
-    flops: float | None
+    collection: str = ''
+    parameters: float | None = None
+    flops: float | None = None
+    paper: dict[str, float] = field(default_factory=dict)
+    ours: dict[str, float] = field(default_factory=dict)
+
+
+PAPER = ' (paper)'
 
 
 def read_metafile(path: str | Path) -> list[MetafileEntry]:
-    """Read the configs and the paper's figures from a metafile.
+    """Read configs, results and the paper's figures from a metafile.
 
     Args:
-        path: A file in OpenMMLab's model-index format, beside its configs. Of each entry of
-            ``Models``, these are read: ``Config``, and in ``Metadata`` the optional
-            ``Parameters (paper)`` and ``FLOPs (paper)`` (multiply-adds), plain numbers.
+        path: A file in OpenMMLab's model-index format, beside its configs, or one that
+            imports others. Of each entry of
+            ``Models``, these are read: ``Config``, ``In Collection``, in ``Metadata`` the
+            optional ``Parameters (paper)`` and ``FLOPs (paper)`` (multiply-adds), plain
+            numbers, and the ``Metrics`` of ``Results``, which are the paper's if their names
+            end in ``(paper)``.
     """
+    content = load(path)
     entries = []
-    for model in load(path)['Models']:
+    for imported in content.get('Import', []):
+        entries += read_metafile(Path(path).parent / imported)
+    for model in content.get('Models', []):
         metadata = model.get('Metadata', {})
-        config = Path(path).parent / Path(model['Config']).name
-        published = [metadata.get(f'{name} (paper)') for name in ('Parameters', 'FLOPs')]
-        entries.append(MetafileEntry(config, *published))
+        metrics = {}
+        for result in model.get('Results', []):
+            metrics.update(result['Metrics'])
+        entries.append(
+            MetafileEntry(
+                Path(path).parent / Path(model['Config']).name,
+                model['In Collection'],
+                metadata.get(f'Parameters{PAPER}'),
+                metadata.get(f'FLOPs{PAPER}'),
+                {k.removesuffix(PAPER): v for k, v in metrics.items() if k.endswith(PAPER)},
+                {k: v for k, v in metrics.items() if not k.endswith(PAPER)},
+            )
+        )
     return entries
 
 

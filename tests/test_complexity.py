@@ -361,14 +361,20 @@ def test_tool_writes_terminal_tables_and_markdown(tmp_path):
     (tmp_path / 'metafile.yml').write_text(
         'Models:\n'
         '  - Name: tiny\n'
+        '    In Collection: Tiny ones\n'
         '    Config: configs/somewhere/tiny.py\n'
         '    Metadata: {Parameters (paper): 4.0e+6, FLOPs (paper): 8.0e+9}\n'
+        '    Results: [{Metrics: {box AP (paper): 40.5, box AP50 (paper): 60.5, mask AP: 30.5}}]\n'
     )
     page = tmp_path / 'page.md'
     options = ['--shape', '160', '160', '--cfg-options', 'model.test_cfg.rpn.max_per_img=100']
-    result = run_python(
-        'tools/get_flops.py', tmp_path / 'metafile.yml', *options, '--markdown', page
-    )
+    zoo = tmp_path / 'readme.md'
+    zoo.write_text('before\n<!-- zoo: begin -->\nold\n<!-- zoo: end -->\nafter\n')
+    files = ['--markdown', page, '--zoo', zoo]
+    result = run_python('tools/get_flops.py', tmp_path / 'metafile.yml', *options, *files)
+    text = zoo.read_text()
+    assert text.startswith('before\n') and text.endswith('\nafter\n') and 'old' not in text
+    assert '**Tiny ones**' in text and '| box AP 40.5 | mask AP 30.5 |' in text
     assert '160x160, 100 proposals, 30 masks' in result.stdout
     assert 'backbone' in result.stdout
     text = page.read_text()

@@ -2,14 +2,18 @@
 
     python tools/get_flops.py configs/svit_maskrcnn_coco.py
     python tools/get_flops.py configs/svit_maskrcnn_coco.py --shape 640 640
-    python tools/get_flops.py configs/*/metafile.yml --markdown docs/complexity.md
+    python tools/get_flops.py model-index.yml --markdown docs/complexity.md --zoo README.md
 
-A metafile stands for the configs beside it that it lists, and brings the paper's figures.
+A metafile, or an index of them, stands for the configs that it lists, and brings the paper's
+figures.
+--zoo replaces what is between the lines "<!-- zoo: begin -->" and "<!-- zoo: end -->" by tables of
+the configs with their results, as README.md has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -40,6 +44,8 @@ COLUMNS = (
     'layers, G',
     'with products, G',
 )
+ZOO_BEGIN, ZOO_END = '<!-- zoo: begin -->', '<!-- zoo: end -->'
+ZOO = re.compile(f'{ZOO_BEGIN}.*{ZOO_END}', re.DOTALL)
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,10 +68,15 @@ def parse_args() -> argparse.Namespace:
         help='settings to override, as key=value pairs: model.backbone.arch=base',
     )
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='also write a table for docs')
+    parser.add_argument(
+        '--zoo', type=Path, metavar='FILE', help='also update the tables of results in this file'
+    )
     args = parser.parse_args()
     absent = [str(path) for path in args.configs if not path.is_file()]
     if absent:
         parser.error(f'no such file: {", ".join(absent)}')
+    if args.zoo is not None and not ZOO.search(args.zoo.read_text()):
+        parser.error(f'{args.zoo} has no place for the tables: {ZOO_BEGIN} and {ZOO_END}')
     return args
 
 
@@ -73,7 +84,7 @@ def list_entries(paths: list[Path]) -> list[MetafileEntry]:
     entries = []
     for path in paths:
         is_metafile = path.suffix in ('.yml', '.yaml')
-        entries += read_metafile(path) if is_metafile else [MetafileEntry(path, None, None)]
+        entries += read_metafile(path) if is_metafile else [MetafileEntry(path)]
     return entries
 
 
@@ -148,6 +159,34 @@ def markdown_page(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
     return '\n'.join(lines)
 
 
+def zoo_tables(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
+    """A table of the configs of each metafile, with their results beside the paper's."""
+    lines = []
+    collection = None
+    for entry, figures in results:
+        if entry.collection != collection:
+            collection = entry.collection
+            lines += [
+                f'\n**{collection}**\n',
+                '| config | parameters, M | FLOPs, G: layers / all | paper | ours |',
+                '| --- | ---: | ---: | --- | --- |',
+            ]
+        cells = (
+            f'[{entry.config.stem}]({entry.config})',
+            f'{figures.model.parameters / 1e6:.1f}',
+            f'{figures.model.layers / 1e9:.1f} / {figures.model.total / 1e9:.1f}',
+            list_metrics(entry.paper) or 'not in the paper',
+            list_metrics(entry.ours) or 'not run',
+        )
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def list_metrics(metrics: dict[str, float]) -> str:
+    """The main ones, without those at single thresholds."""
+    return ', '.join(f'{k} {v}' for k, v in metrics.items() if not k.endswith(('50', '75')))
+
+
 def main() -> None:
     args = parse_args()
     results = []
@@ -164,6 +203,10 @@ def main() -> None:
     if args.markdown is not None:
         args.markdown.write_text(markdown_page(results))
         print(f'wrote {args.markdown}')
+    if args.zoo is not None:
+        tables = f'{ZOO_BEGIN}\n{zoo_tables(results)}\n\n{ZOO_END}'
+        args.zoo.write_text(ZOO.sub(lambda _: tables, args.zoo.read_text()))
+        print(f'updated {args.zoo}')
 
 
 if __name__ == '__main__':
