@@ -68,3 +68,43 @@ def test_two_processes_train_as_one(shapes, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-6)
+
+
+SHARDED = """
+import os
+import sys
+
+import mmengine.runner
+import torch
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+
+import mmsvit
+
+os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT='29621')
+torch.cuda.set_device = lambda *_: None  # MMEngine's strategy asks for a GPU even with gloo.
+cfg = Config.fromfile(mmsvit.config_path('mask_rcnn/mask-rcnn_svit-l_fpn_fsdp-1x_coco.py'))
+cfg.merge_from_dict({
+    'work_dir': sys.argv[1], 'launcher': 'pytorch', 'env_cfg.dist_cfg.backend': 'gloo',
+    'model.backbone.init_cfg': None,
+})
+runner = RUNNERS.build(cfg)
+assert type(runner.strategy).__name__ == 'FSDPStrategy'
+wrapper = dict(cfg.strategy.model_wrapper, device_id=torch.device('cpu'))
+model = MODEL_WRAPPERS.build(dict(wrapper, module=runner.strategy.build_model(cfg.model)))
+parts = sum(type(module).__name__ == 'FullyShardedDataParallel' for module in model.modules())
+assert parts > 10, parts
+cfg.optim_wrapper.type = 'OptimWrapper'  # AMP needs a GPU.
+cfg.optim_wrapper.pop('dtype')
+optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+assert {group['weight_decay'] for group in optim_wrapper.param_groups} == {0.0, 0.05}
+losses = model.train_step(demo_mm_inputs(1, [[3, 64, 64]], with_mask=True), optim_wrapper)
+assert torch.isfinite(losses['loss']), losses
+"""
+
+
+@pytest.mark.slow
+def test_sharded_config_builds_and_takes_a_step(tmp_path):
+    run_python('-c', SHARDED, tmp_path)
