@@ -1,7 +1,8 @@
 """Mask R-CNN with SViT-S on a data set of your own in COCO format: the whole of a project.
 
-python tools/train.py maskrcnn_own_data.py          (mmsvit's)
-mim train mmdet maskrcnn_own_data.py                (or MMDetection's)
+    python tools/train.py maskrcnn_own_data.py
+
+mmsvit's tool, or MMDetection's own.
 """
 
 _base_ = [__import__('mmsvit').config_path('svit_maskrcnn_coco.py')]

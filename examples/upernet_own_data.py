@@ -1,7 +1,8 @@
 """UperNet with SViT-S on images and label maps of your own: the whole of a project.
 
-python tools/train.py upernet_own_data.py           (mmsvit's)
-mim train mmsegmentation upernet_own_data.py        (or MMSegmentation's)
+    python tools/train.py upernet_own_data.py
+
+mmsvit's tool, or MMSegmentation's own.
 """
 
 _base_ = [__import__('mmsvit').config_path('svit_upernet_ade20k.py')]

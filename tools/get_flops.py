@@ -161,30 +161,35 @@ def markdown_page(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
 
 def zoo_tables(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
     """A table of the configs of each metafile, with their results beside the paper's."""
-    lines = []
-    collection = None
+    collections: dict[str, list] = {}
     for entry, figures in results:
-        if entry.collection != collection:
-            collection = entry.collection
-            lines += [
-                f'\n**{collection}**\n',
-                '| config | parameters, M | FLOPs, G: layers / all | paper | ours |',
-                '| --- | ---: | ---: | --- | --- |',
+        collections.setdefault(entry.collection, []).append((entry, figures))
+    lines = []
+    for collection, members in collections.items():
+        trained = any(entry.ours for entry, _ in members)
+        lines += [
+            f'\n**{collection}**\n',
+            '| config | parameters, M | FLOPs, G: layers / all | paper |' + ' ours |' * trained,
+            '| --- | ---: | ---: | --- |' + ' --- |' * trained,
+        ]
+        for entry, figures in members:
+            model = figures.model
+            cells = [
+                f'[{entry.config.stem}]({entry.config})',
+                f'{model.parameters / 1e6:.1f}',
+                f'{model.layers / 1e9:.1f} / {model.total / 1e9:.1f}',
+                list_metrics(entry.paper),
             ]
-        cells = (
-            f'[{entry.config.stem}]({entry.config})',
-            f'{figures.model.parameters / 1e6:.1f}',
-            f'{figures.model.layers / 1e9:.1f} / {figures.model.total / 1e9:.1f}',
-            list_metrics(entry.paper) or 'not in the paper',
-            list_metrics(entry.ours) or 'not run',
-        )
-        lines.append(f'| {" | ".join(cells)} |')
+            if trained:
+                cells.append(list_metrics(entry.ours))
+            lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
 def list_metrics(metrics: dict[str, float]) -> str:
     """The main ones, without those at single thresholds."""
-    return ', '.join(f'{k} {v}' for k, v in metrics.items() if not k.endswith(('50', '75')))
+    shown = {k: v for k, v in metrics.items() if not k.endswith(('50', '75'))}
+    return ', '.join(f'{name} {value}' for name, value in shown.items()) or '-'
 
 
 def main() -> None:
