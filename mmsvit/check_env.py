@@ -189,13 +189,23 @@ def _check_ops() -> str:
 
 
 def _check_backend() -> str:
+    """Run the super token operations where the backbone will."""
     import torch
 
-    from mmsvit.ops import select_backend
+    from mmsvit.ops import choose_backend, distribute, sample
 
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    backend, reason = select_backend(device)
-    return f'{backend.__name__.rpartition(".")[2]} ({reason})'
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    backend, reason = choose_backend(device, torch.float32)
+    # A single cell of ones: its super token is ones, and the tokens get back their share of it.
+    ones = torch.ones(1, 4, 4, 16, device=device)
+    super_tokens, association = sample(ones, (4, 4))
+    tokens = distribute(association, super_tokens, (4, 4), (4, 4))
+    share = association[0, 0, 0, 4].reshape(1, 4, 4, 1)
+    if not torch.allclose(super_tokens, ones[:, :1, :1]) or not torch.allclose(
+        tokens, share * ones
+    ):
+        raise RuntimeError(f'the {backend} backend gives wrong results on {device}')
+    return f'{backend} ({reason})'
 
 
 def check() -> Report:

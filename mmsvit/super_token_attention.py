@@ -62,6 +62,7 @@ class SuperTokenAttention(nn.Module):
         qkv_bias: Whether the query, key and value projection has a bias.
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of the output.
+        backend: Who computes the sampling, see :func:`mmsvit.ops.choose_backend`.
     """
 
     def __init__(
@@ -73,10 +74,12 @@ class SuperTokenAttention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        backend: str = 'auto',
     ) -> None:
         super().__init__()
         self.super_token_size = super_token_size
         self.num_iters = num_iters
+        self.backend = backend
         self.attend = GlobalAttention(embed_dims, num_heads, qkv_bias, attn_drop, proj_drop)
 
     @property
@@ -91,12 +94,10 @@ class SuperTokenAttention(nn.Module):
             x: ``(N, H, W, C)``.
 
         Returns:
-            The super tokens, ``(N, Gh, Gw, C)`` in the dtype of ``x``, one for each
-            cell, and the association of :func:`mmsvit.ops.associate`.
+            The super tokens, ``(N, Gh, Gw, C)``, one for each cell, and the association,
+            see :func:`mmsvit.ops.sample`.
         """
-        association, mass = ops.associate(x, self.super_token_size, self.num_iters)
-        super_tokens = ops.aggregate(association, x, self.super_token_size) / (mass + 1e-12)
-        return super_tokens.to(x.dtype), association
+        return ops.sample(x, self.super_token_size, self.num_iters, self.backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
@@ -104,7 +105,9 @@ class SuperTokenAttention(nn.Module):
             return self.attend(x)
         super_tokens, association = self.sample(x)
         super_tokens = self.attend(super_tokens)
-        return ops.distribute(association, super_tokens, self.super_token_size, x.shape[1:3])
+        return ops.distribute(
+            association, super_tokens, self.super_token_size, x.shape[1:3], self.backend
+        )
 
 
 class PooledAttention(SuperTokenAttention):

@@ -34,8 +34,8 @@ def hard_assignment(attention: SuperTokenAttention, tokens: Tensor) -> Tensor:
     columns = torch.arange(grid_w, device=tokens.device)[:, None] + around.repeat(3)
     inside = (rows >= 0) & (rows < grid_h) & (columns >= 0) & (columns < grid_w)
     numbers = (rows * grid_w + columns).expand(n, -1, -1, -1)
-    nearest = association.masked_fill(~inside[None, :, :, None], -1).argmax(dim=-1)
-    labels = numbers.gather(-1, nearest.flatten(3)).reshape(n, grid_h, grid_w, h, w)
+    nearest = association.masked_fill(~inside[None, ..., None], -1).argmax(dim=3)
+    labels = numbers.gather(-1, nearest).reshape(n, grid_h, grid_w, h, w)
     labels = labels.transpose(2, 3).reshape(n, grid_h * h, grid_w * w)
     return labels[:, : tokens.shape[1], : tokens.shape[2]]
 

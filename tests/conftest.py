@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+OPS_PLACES = [('torch', 'cpu')]
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 
@@ -66,6 +68,12 @@ def run_python(
     if check:
         assert result.returncode == 0, f'{arguments}\n{result.stdout}\n{result.stderr}'
     return result
+
+
+@pytest.fixture(params=OPS_PLACES, ids='-'.join)
+def place(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A backend of the super token operations and a device that it can run on."""
+    return request.param
 
 
 @pytest.fixture(scope='session')

@@ -1,11 +1,12 @@
-"""The three steps of super token sampling as functions of tensors.
+"""The two steps of super token sampling as functions of tensors.
 
-``associate`` says how much each token belongs to each of the nine super tokens
-around it, ``aggregate`` sums tokens into super tokens by that association, and
-``distribute`` sends super tokens back to the tokens. All of them work on
-channels-last tensors, ``(N, H, W, C)``.
+``sample`` makes super tokens of tokens and says how much each token belongs to
+each of the nine super tokens around it; ``distribute`` sends super tokens back
+to the tokens by that association. Both work on channels-last tensors,
+``(N, H, W, C)``, and on whichever backend ``choose_backend`` finds.
 """
 
-from .super_token import aggregate, associate, distribute, select_backend
+from .backend import choose_backend
+from .super_token import distribute, sample
 
-__all__ = ['aggregate', 'associate', 'distribute', 'select_backend']
+__all__ = ['choose_backend', 'distribute', 'sample']

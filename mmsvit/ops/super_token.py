@@ -1,124 +1,102 @@
-"""Public super token operations, their gradients, and the choice of who computes them.
-
-The association is a constant to autograd (as in the published model), so
-``aggregate`` and ``distribute`` are linear maps, and each is the other's
-adjoint: the backward pass of one is the forward pass of the other.
-"""
+"""The public super token operations: what they compute, for every backend."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import torch_backend
+from . import custom_ops, torch_backend
 
 
-def select_backend(device: torch.device | str) -> tuple[ModuleType, str]:
-    """Choose the module that computes the operations on ``device``.
-
-    The only place that chooses.
-
-    Returns:
-        The backend module (with ``associate``, ``aggregate`` and ``distribute``)
-        and the reason for the choice, for people to read.
-    """
-    return torch_backend, f'plain PyTorch, the only implementation for {torch.device(device).type}'
+def _wants_plain_operations() -> bool:
+    """Whether a graph is being made for those who know PyTorch's own operations only."""
+    return torch.jit.is_tracing() or (
+        torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    )
 
 
-class _Aggregate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, association, tokens, cell_size):
-        ctx.save_for_backward(association)
-        ctx.cell_size, ctx.token_shape = cell_size, tokens.shape[1:3]
-        ctx.token_dtype = tokens.dtype
-        backend, _ = select_backend(tokens.device)
-        return backend.aggregate(association, tokens, cell_size)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (association,) = ctx.saved_tensors
-        grad = _Distribute.apply(association, grad, ctx.cell_size, ctx.token_shape)
-        return None, grad.to(ctx.token_dtype), None
-
-
-class _Distribute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, association, super_tokens, cell_size, token_shape):
-        ctx.save_for_backward(association)
-        ctx.cell_size, ctx.super_token_dtype = cell_size, super_tokens.dtype
-        backend, _ = select_backend(super_tokens.device)
-        tokens = backend.distribute(association, super_tokens, cell_size, token_shape)
-        return tokens.to(super_tokens.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (association,) = ctx.saved_tensors
-        grad = _Aggregate.apply(association, grad, ctx.cell_size)
-        return None, grad.to(ctx.super_token_dtype), None, None
-
-
-@torch.no_grad()
-def associate(
-    tokens: Tensor, cell_size: tuple[int, int], num_iters: int = 1
+def sample(
+    tokens: Tensor, cell_size: tuple[int, int], num_iters: int = 1, backend: str = 'auto'
 ) -> tuple[Tensor, Tensor]:
-    """Soft assignment of every token to the 3x3 super tokens around its cell (paper, Sec. 3.2).
+    """Sample super tokens and associate every token with the nine around it (paper, Sec. 3.2).
 
     Super tokens start as the mean of each cell of ``cell_size`` tokens; the
-    association is the softmax over nine of ``token . super token * C**-0.5``.
+    association is the softmax over nine of ``token . super token * C**-0.5``;
+    a super token becomes the mean of its tokens, weighted by the association.
     A neighbour outside the grid is a zero vector: it takes its share of the
     softmax, and what it takes is lost. Tokens are padded with zeros at the
     bottom and the right to whole cells, and the padding takes part in all of it.
 
-    No gradient flows through the result.
+    The association and its sums are constants to autograd, as in the published
+    model: the super tokens are a linear function of the tokens.
 
     Args:
         tokens: ``(N, H, W, C)``, any floating dtype.
         cell_size: Height and width of a cell in tokens.
-        num_iters: How often super tokens and association are estimated.
+        num_iters: How often association and super tokens are estimated.
+        backend: ``'auto'``, ``'torch'`` or ``'triton'``, see :func:`choose_backend`.
 
     Returns:
-        The association, ``(N, Gh, Gw, h*w, 9)`` with ``Gh = ceil(H/h)`` and
-        ``Gw = ceil(W/w)``, and its sum for each super token, ``(N, Gh, Gw, 1)``;
-        both in float32, or float64 for float64 tokens.
+        The super tokens, ``(N, Gh, Gw, C)`` in the dtype of ``tokens`` with
+        ``Gh = ceil(H/h)`` and ``Gw = ceil(W/w)``, and the association,
+        ``(N, Gh, Gw, 9, h*w)`` in float32, or float64 for float64 tokens: for
+        each cell, its neighbours row by row, and its tokens row by row.
+
+    Raises:
+        ValueError: An argument is not as described, or no such backend.
+        RuntimeError: The backend was asked for by name and cannot run here.
     """
-    backend, _ = select_backend(tokens.device)
-    return backend.associate(tokens, cell_size, num_iters)
-
-
-def aggregate(association: Tensor, tokens: Tensor, cell_size: tuple[int, int]) -> Tensor:
-    """Sum tokens into super tokens, weighted by the association. Adjoint of :func:`distribute`.
-
-    Args:
-        association: ``(N, Gh, Gw, h*w, 9)`` from :func:`associate`; a constant.
-        tokens: ``(N, H, W, C)``, any floating dtype.
-        cell_size: The cell size that the association was made with.
-
-    Returns:
-        ``(N, Gh, Gw, C)`` in the association's dtype: sums over a cell can
-        exceed what half precision holds.
-    """
-    return _Aggregate.apply(association, tokens, cell_size)
+    if tokens.ndim != 4 or not tokens.is_floating_point():
+        raise ValueError(
+            f'tokens must be floating point of shape (N, H, W, C), found {tokens.dtype} of shape '
+            f'{tuple(tokens.shape)}'
+        )
+    if len(cell_size) != 2 or min(cell_size) < 1 or num_iters < 1:
+        raise ValueError(
+            'cell_size must be two whole numbers of 1 or more and num_iters 1 or more, found '
+            f'{cell_size} and {num_iters}'
+        )
+    if _wants_plain_operations():
+        super_tokens, association, _ = torch_backend.sample(tokens, cell_size, num_iters)
+    else:
+        super_tokens, association, _ = custom_ops.sample(tokens, cell_size, num_iters, backend)
+    return super_tokens, association
 
 
 def distribute(
     association: Tensor,
     super_tokens: Tensor,
     cell_size: tuple[int, int],
-    token_shape: tuple[int, int],
+    token_shape: Sequence[int],
+    backend: str = 'auto',
 ) -> Tensor:
-    """Give each token the association-weighted sum of its nine super tokens.
-
-    Adjoint of :func:`aggregate`.
+    """Give each token the sum of its nine super tokens, weighted by the association.
 
     Args:
-        association: ``(N, Gh, Gw, h*w, 9)`` from :func:`associate`; a constant.
+        association: ``(N, Gh, Gw, 9, h*w)`` from :func:`sample`; a constant.
         super_tokens: ``(N, Gh, Gw, C)``, any floating dtype.
         cell_size: The cell size that the association was made with.
         token_shape: Height and width ``(H, W)`` of the token map to return.
+        backend: ``'auto'``, ``'torch'`` or ``'triton'``, see :func:`choose_backend`.
 
     Returns:
         ``(N, H, W, C)`` in the dtype of ``super_tokens``.
+
+    Raises:
+        ValueError: The shapes do not belong together, or no such backend.
+        RuntimeError: The backend was asked for by name and cannot run here.
     """
-    return _Distribute.apply(association, super_tokens, cell_size, tuple(token_shape))
+    (height, width), (h, w) = token_shape, cell_size
+    n, grid_h, grid_w, _ = super_tokens.shape
+    expected = (n, (height + h - 1) // h, (width + w - 1) // w, 9, h * w)
+    if tuple(association.shape) != expected or tuple(expected[1:3]) != (grid_h, grid_w):
+        raise ValueError(
+            f'{height}x{width} tokens in cells of {h}x{w} need an association of shape {expected} '
+            f'and as many super tokens, found {tuple(association.shape)} and super tokens of shape '
+            f'{tuple(super_tokens.shape)}'
+        )
+    if _wants_plain_operations():
+        return torch_backend.distribute(association, super_tokens, None, cell_size, token_shape)
+    return custom_ops.distribute(association, super_tokens, None, cell_size, token_shape, backend)

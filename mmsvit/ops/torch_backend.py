@@ -1,4 +1,4 @@
-"""Super token sampling in plain PyTorch: runs everywhere, and is what others are tested against.
+"""Super token sampling in plain PyTorch: runs everywhere, and exporters see through it.
 
 Tokens are ``(N, H, W, C)``. They are cut into cells of ``h x w`` tokens, one
 super token a cell, padded with zeros at the bottom and the right. ``Gh x Gw``
@@ -6,86 +6,127 @@ is the grid of cells.
 
 Sums over a cell do not fit into half precision, so everything is computed in
 float32 at least (float64 stays float64), whatever autocast says.
+
+Where a graph of PyTorch's own operations is wanted, these functions are used
+without :mod:`.custom_ops` around them; then the gradient is PyTorch's own, too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NEIGHBOURS = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+"""Rows and columns from a cell to its nine neighbours, in the order of the association."""
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+EPS = 1e-12
+"""What is added to the mass of a super token before dividing by it."""
 
 
-def _split_into_cells(tokens: Tensor, cell_size: tuple[int, int]) -> Tensor:
-    """(N, H, W, C) -> (N, Gh, Gw, h*w, C), zero-padded."""
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _split_into_cells(tokens: Tensor, cell_size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """(N, H, W, C) -> (N, Gh, Gw, h*w, C) in ``dtype``, zero-padded."""
     n, height, width, channels = tokens.shape
     h, w = cell_size
-    pad_bottom, pad_right = -height % h, -width % w
+    grid_h, grid_w = (height + h - 1) // h, (width + w - 1) // w
+    pad_bottom, pad_right = grid_h * h - height, grid_w * w - width
     if pad_bottom or pad_right:
         tokens = F.pad(tokens, (0, 0, 0, pad_right, 0, pad_bottom))
-    grid_h, grid_w = (height + pad_bottom) // h, (width + pad_right) // w
     cells = tokens.reshape(n, grid_h, h, grid_w, w, channels).transpose(2, 3)
+    # Naming the memory format makes one copy of the change of dtype and of layout.
+    cells = cells.to(dtype, memory_format=torch.contiguous_format)
     return cells.reshape(n, grid_h, grid_w, h * w, channels)
 
 
-def _join_cells(cells: Tensor, cell_size: tuple[int, int], token_shape: tuple[int, int]) -> Tensor:
-    """(N, Gh, Gw, h*w, C) -> (N, H, W, C): the inverse, with the padding cropped."""
+def _join_cells(
+    cells: Tensor, cell_size: Sequence[int], token_shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """(N, Gh, Gw, h*w, C) -> (N, H, W, C) in ``dtype``: the inverse, with the padding cropped."""
     n, grid_h, grid_w, _, channels = cells.shape
     h, w = cell_size
     tokens = cells.reshape(n, grid_h, grid_w, h, w, channels).transpose(2, 3)
+    tokens = tokens.to(dtype, memory_format=torch.contiguous_format)
     tokens = tokens.reshape(n, grid_h * h, grid_w * w, channels)
     return tokens[:, : token_shape[0], : token_shape[1]].contiguous()
 
 
 def _gather_neighbours(super_tokens: Tensor) -> Tensor:
-    """(N, Gh, Gw, C) -> (N, Gh, Gw, 9, C), row by row; zeros outside the grid."""
+    """(N, Gh, Gw, C) -> (N, Gh, Gw, 9, C); zeros outside the grid."""
     _, grid_h, grid_w, _ = super_tokens.shape
     padded = F.pad(super_tokens, (0, 0, 1, 1, 1, 1))
     return torch.stack(
-        [padded[:, i : i + grid_h, j : j + grid_w] for i in range(3) for j in range(3)], dim=3
+        [padded[:, 1 + i : 1 + i + grid_h, 1 + j : 1 + j + grid_w] for i, j in NEIGHBOURS], dim=3
     )
 
 
 def _scatter_neighbours(parts: Tensor) -> Tensor:
     """(N, Gh, Gw, 9, C) -> (N, Gh, Gw, C): the adjoint; what leaves the grid is dropped."""
-    n, grid_h, grid_w, _, channels = parts.shape
-    padded = parts.new_zeros(n, grid_h + 2, grid_w + 2, channels)
-    for k in range(9):
-        i, j = divmod(k, 3)
-        padded[:, i : i + grid_h, j : j + grid_w] += parts[:, :, :, k]
-    return padded[:, 1:-1, 1:-1].contiguous()
+    # Padding by a negative width crops: each part moves to the cell that it belongs to.
+    moved = (
+        F.pad(part, (0, 0, j, -j, i, -i)) for (i, j), part in zip(NEIGHBOURS, parts.unbind(dim=3))
+    )
+    total = next(moved)
+    for part in moved:
+        total += part
+    return total
 
 
-def associate(tokens: Tensor, cell_size: tuple[int, int], num_iters: int) -> tuple[Tensor, Tensor]:
-    with torch.autocast(tokens.device.type, enabled=False):
-        cells = _split_into_cells(tokens.to(_accumulation_dtype(tokens)), cell_size)
-        scale = tokens.shape[-1] ** -0.5
-        super_tokens = cells.mean(dim=3)
-        for iteration in range(num_iters):
-            neighbours = _gather_neighbours(super_tokens)
-            association = (cells @ neighbours.transpose(-1, -2) * scale).softmax(dim=-1)
-            mass = _scatter_neighbours(association.sum(dim=3).unsqueeze(-1))
-            if iteration < num_iters - 1:
-                sums = _scatter_neighbours(association.transpose(-1, -2) @ cells)
-                super_tokens = sums / (mass + 1e-12)
-    return association, mass
+def _associate(cells: Tensor, super_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The association ``(N, Gh, Gw, 9, h*w)`` and what each super token gets ``(N, Gh, Gw, 1)``."""
+    neighbours = _gather_neighbours(super_tokens * cells.shape[-1] ** -0.5)
+    association = (neighbours @ cells.transpose(-1, -2)).softmax(dim=3)
+    return association, _scatter_neighbours(association.sum(dim=4, keepdim=True))
 
 
-def aggregate(association: Tensor, tokens: Tensor, cell_size: tuple[int, int]) -> Tensor:
-    with torch.autocast(tokens.device.type, enabled=False):
-        cells = _split_into_cells(tokens.to(association.dtype), cell_size)
-        return _scatter_neighbours(association.transpose(-1, -2) @ cells)
+def sample(
+    tokens: Tensor, cell_size: Sequence[int], num_iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmsvit.ops.custom_ops.sample`."""
+    with _without_autocast(tokens.device):
+        cells = _split_into_cells(
+            tokens, cell_size, torch.promote_types(tokens.dtype, torch.float32)
+        )
+        constant = cells.detach()
+        super_tokens = constant.mean(dim=3)
+        for _ in range(num_iters - 1):
+            association, mass = _associate(constant, super_tokens)
+            super_tokens = _scatter_neighbours(association @ constant) / (mass + EPS)
+        association, mass = _associate(constant, super_tokens)
+        super_tokens = _scatter_neighbours(association @ cells) / (mass + EPS)
+        return super_tokens.to(tokens.dtype), association, mass
+
+
+def aggregate(
+    association: Tensor, tokens: Tensor, mass: Tensor | None, cell_size: Sequence[int]
+) -> Tensor:
+    """See :func:`mmsvit.ops.custom_ops.aggregate`."""
+    with _without_autocast(tokens.device):
+        cells = _split_into_cells(tokens, cell_size, association.dtype)
+        sums = _scatter_neighbours(association @ cells)
+        return (sums if mass is None else sums / (mass + EPS)).to(tokens.dtype)
 
 
 def distribute(
     association: Tensor,
     super_tokens: Tensor,
-    cell_size: tuple[int, int],
-    token_shape: tuple[int, int],
+    mass: Tensor | None,
+    cell_size: Sequence[int],
+    token_shape: Sequence[int],
 ) -> Tensor:
-    with torch.autocast(super_tokens.device.type, enabled=False):
-        neighbours = _gather_neighbours(super_tokens.to(association.dtype))
-        return _join_cells(association @ neighbours, cell_size, token_shape)
+    """See :func:`mmsvit.ops.custom_ops.distribute`."""
+    dtype = super_tokens.dtype
+    with _without_autocast(super_tokens.device):
+        super_tokens = super_tokens.to(association.dtype)
+        if mass is not None:
+            super_tokens = super_tokens / (mass + EPS)
+        cells = association.transpose(-1, -2) @ _gather_neighbours(super_tokens)
+        return _join_cells(cells, cell_size, token_shape, dtype)

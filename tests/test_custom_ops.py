@@ -1,0 +1,172 @@
+"""Which backend computes, and what compilers, exporters and FLOP counters see of it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmsvit.ops
+from mmsvit.ops import backend as backend_module
+from mmsvit.ops import choose_backend, custom_ops, distribute, sample, torch_backend
+from mmsvit.super_token_attention import SuperTokenAttention
+
+CPU, CUDA = torch.device('cpu'), torch.device('cuda')
+
+
+@pytest.fixture(autouse=True)
+def forget_choices(monkeypatch):
+    """Choices are made once; here, each test makes its own."""
+    monkeypatch.delenv('MMSVIT_OPS_BACKEND', raising=False)
+    backend_module._choose.cache_clear()
+    yield
+    backend_module._choose.cache_clear()
+
+
+def random(*shape, device='cpu', dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def make_attention(place) -> SuperTokenAttention:
+    backend, device = place
+    torch.manual_seed(0)
+    return SuperTokenAttention(8, 2, (4, 4), num_iters=2, backend=backend).to(device)
+
+
+def test_argument_before_variable_before_device(monkeypatch):
+    assert choose_backend(CPU, torch.float32) == ('torch', 'the tensors are on cpu')
+    monkeypatch.setenv('MMSVIT_OPS_BACKEND', 'torch')
+    name, reason = choose_backend(CPU, torch.float32)
+    assert name == 'torch' and 'MMSVIT_OPS_BACKEND=torch' in reason
+    monkeypatch.setenv('MMSVIT_OPS_BACKEND', 'nonsense')
+    assert choose_backend(CPU, torch.float32, 'torch')[0] == 'torch'
+    with pytest.raises(ValueError, match=r"MMSVIT_OPS_BACKEND='nonsense'.*auto, torch, triton"):
+        sample(random(1, 4, 4, 4), (2, 2))
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        sample(random(1, 4, 4, 4), (2, 2), backend='cuda')
+
+
+@pytest.mark.parametrize('by', ['argument', 'variable'])
+def test_triton_by_name_where_it_cannot_run(monkeypatch, by):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    backend = 'triton' if by == 'argument' else 'auto'
+    if by == 'variable':
+        monkeypatch.setenv('MMSVIT_OPS_BACKEND', 'triton')
+    with pytest.raises(RuntimeError, match=r'=triton, but Triton needs a CUDA device.*on cpu'):
+        choose_backend(CPU, torch.float32, backend)
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    with pytest.raises(RuntimeError, match=r'not in torch\.float64'):
+        choose_backend(CPU, torch.float64, backend)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'capability', 'installed', 'reason'),
+    [
+        (torch.float64, (9, 0), True, 'not in torch.float64'),
+        (torch.float32, (7, 5), True, 'compute capability 8.0 or more, and Old GPU has less'),
+        (torch.float32, (9, 0), False, 'Triton does not work here'),
+    ],
+)
+def test_auto_falls_back_and_says_why(monkeypatch, dtype, capability, installed, reason):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Old GPU')
+    if not installed:
+        monkeypatch.delattr(mmsvit.ops, 'triton_backend', raising=False)
+        monkeypatch.setitem(sys.modules, 'mmsvit.ops.triton_backend', None)
+    name, found = choose_backend(CUDA, dtype)
+    assert name == 'torch' and reason in found
+    with pytest.raises(RuntimeError, match='use auto'):
+        choose_backend(CUDA, dtype, 'triton')
+
+
+def test_choice_is_logged_once(monkeypatch):
+    logged = []
+    monkeypatch.setattr(backend_module, 'print_log', lambda *args, **kwargs: logged.append(kwargs))
+    for _ in range(2):
+        sample(random(1, 4, 4, 4), (2, 2))
+    assert logged == [dict(logger='current', level=logging.DEBUG)]
+
+
+def test_operators_keep_pytorchs_rules(place):
+    backend, device = place
+    tokens = random(1, 5, 6, 4, device=device).requires_grad_()
+    _, association, mass = custom_ops.sample(tokens.detach(), (2, 3), 1, backend)
+    supers = random(1, 3, 2, 4, device=device).requires_grad_()
+    torch.library.opcheck(torch.ops.mmsvit.sample, (tokens, (2, 3), 2, backend))
+    for divisor in (None, mass):
+        torch.library.opcheck(
+            torch.ops.mmsvit.aggregate, (association, tokens, divisor, (2, 3), backend)
+        )
+        torch.library.opcheck(
+            torch.ops.mmsvit.distribute,
+            (association, supers, divisor, (2, 3), (5, 6), backend),
+        )
+
+
+def test_compiled_once_for_all_sizes(place):
+    attention = make_attention(place)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend=counter)
+    graphs = None
+    for shape in ((9, 14), (8, 8), (5, 9)):
+        tokens = random(1, *shape, 8, device=place[1])
+        results = []
+        for module in (attention, compiled):
+            tokens = tokens.detach().requires_grad_()
+            module(tokens).square().sum().backward()
+            results.append(tokens.grad)
+        torch.testing.assert_close(*results)
+        graphs = graphs or counter.frame_count
+        assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_exported_for_all_sizes(place, strict):
+    attention = make_attention(place)
+    sizes = {1: torch.export.Dim('height', min=8, max=400), 2: torch.export.Dim('width', min=8)}
+    exported = torch.export.export(
+        attention,
+        (random(1, 9, 14, 8, device=place[1]),),
+        dynamic_shapes=(sizes,),
+        strict=strict,
+    )
+    names = [str(node.target) for node in exported.graph.nodes]
+    assert [name for name in names if 'mmsvit' in name] == [
+        'mmsvit.sample.default',
+        'mmsvit.distribute.default',
+    ]
+    for shape in ((9, 14), (8, 16)):
+        tokens = random(1, *shape, 8, device=place[1])
+        torch.testing.assert_close(exported.module()(tokens), attention(tokens))
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+def test_traced_to_operations_of_pytorch_alone():
+    attention = make_attention(('torch', 'cpu'))
+    tokens = random(2, 9, 14, 8)
+    traced = torch.jit.trace(attention, tokens)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert 'aten::softmax' in kinds
+    assert not [kind for kind in kinds if 'mmsvit' in kind or 'PythonOp' in kind]
+    torch.testing.assert_close(traced(tokens), attention(tokens))
+
+
+@pytest.mark.parametrize('num_iters', [1, 2])
+def test_flops_are_those_of_the_products(place, num_iters):
+    backend, device = place
+    tokens = random(2, 5, 7, 6, device=device).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        supers, association = sample(tokens, (2, 3), num_iters, backend)
+        distribute(association, supers, (2, 3), (5, 7), backend).sum().backward()
+    with FlopCounterMode(display=False) as products:
+        supers, association, _ = torch_backend.sample(tokens, (2, 3), num_iters)
+        torch_backend.distribute(association, supers, None, (2, 3), (5, 7)).sum().backward()
+    assert counter.get_total_flops() == products.get_total_flops()
+    # Five rows and seven columns in 3 x 3 cells of 6, nine neighbours, 6 channels; forward
+    # two products an iteration and one to distribute, backward one for each linear step.
+    assert counter.get_total_flops() == 2 * (2 * 9 * 6 * 9 * 6) * (2 * num_iters + 3)
