@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -10,8 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-OPS_PLACES = [('torch', 'cpu')]
+if torch.cuda.is_available():
+    OPS_PLACES = [('torch', 'cpu'), ('torch', 'cuda'), ('triton', 'cuda')]
+else:
+    # Triton's interpreter runs the kernels on the CPU if it is told so before its import.
+    os.environ['TRITON_INTERPRET'] = '1'
+    OPS_PLACES = [('torch', 'cpu'), ('triton', 'cpu')]
+if importlib.util.find_spec('triton') is None:
+    OPS_PLACES.remove(OPS_PLACES[-1])
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / 'golden'
