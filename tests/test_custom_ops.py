@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import OPS_PLACES, run_python
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -170,3 +171,48 @@ def test_flops_are_those_of_the_products(place, num_iters):
     # Five rows and seven columns in 3 x 3 cells of 6, nine neighbours, 6 channels; forward
     # two products an iteration and one to distribute, backward one for each linear step.
     assert counter.get_total_flops() == 2 * (2 * 9 * 6 * 9 * 6) * (2 * num_iters + 3)
+
+
+# Triton compiles for a GPU that is not there if it is told about one. The interpreter
+# runs what the compiler refuses.
+COMPILE = """
+import os
+os.environ.pop('TRITON_INTERPRET', None)
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+class Hopper:
+    get_current_device = get_current_stream = staticmethod(lambda *args: 0)
+    get_current_target = staticmethod(lambda: GPUTarget('cuda', 90, 32))
+
+driver.set_active(Hopper())
+run, kernels = JITFunction.run, set()
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = run(self, *args, grid=grid, warmup=True, **options)
+    assert kernel.metadata.shared <= 227 * 1024, kernel.metadata
+    kernels.add(kernel.hash)
+
+JITFunction.run = compile_only
+from mmsvit.ops import triton_backend
+for dtype, cell, channels in (
+    (torch.bfloat16, (8, 8), 64), (torch.float32, (2, 2), 320), (torch.float16, (2, 3), 5)
+):
+    for shape in ((40, 56), (1, 17)):
+        tokens = torch.empty(2, *shape, channels, dtype=dtype)
+        supers, association, mass = triton_backend.sample(tokens, cell, 2)
+        for divisor in (None, mass):
+            triton_backend.aggregate(association, tokens, divisor, cell)
+            triton_backend.distribute(association, supers, divisor, cell, shape)
+print(len(kernels))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(('triton', 'cpu') not in OPS_PLACES, reason='no Triton, or a GPU to run on')
+def test_kernels_compile_once_for_all_sizes():
+    # The mean; aggregation with and without association, and without storing it; adding up to
+    # means, to super tokens with their mass, with and without division; distribution likewise.
+    # Where tokens are float32, means are super tokens as well.
+    assert run_python('-c', COMPILE).stdout.split() == [str(10 + 9 + 10)]

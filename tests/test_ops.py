@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mmsvit.ops import custom_ops, distribute, sample
+from mmsvit.super_token_attention import SuperTokenAttention
+from mmsvit.visualization import hard_assignment
 
 # Token map, cell, channels, iterations: divided and not, one row, one column, one cell, cells
 # beyond the map, not square, in several tiles, channels in several blocks.
@@ -23,6 +25,14 @@ CASES = [
     ((3, 12), (2, 2), 300, 1),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What is allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def case_id(value):
@@ -138,6 +148,14 @@ def test_same_bits_every_time(place, dtype):
     first, second = (results(tokens, (2, 3), 1, *place) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_hard_assignment_is_the_largest_share():
+    tokens = random(2, 9, 14, 8).float()
+    attention = SuperTokenAttention(8, 1, (4, 3))
+    _, _, association = dense_reference(tokens.double(), (4, 3), 1)
+    expected = association.argmax(-1).unflatten(1, (12, 15))[:, :9, :14]
+    assert torch.equal(hard_assignment(attention, tokens), expected)
 
 
 def test_aggregate_and_distribute_are_adjoint(place):

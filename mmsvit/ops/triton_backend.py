@@ -10,16 +10,16 @@ distribution                          reads the association, writes one pass
 their gradients, in the other order   the association and one pass each
 ====================================  ==================================================
 
-The association is nine float32 for each token. A *strip*, one or more cells
-side by side, is worked on in tiles of tokens, a program each. Tokens of a strip
-of s cells belong to 3 x (s + 2) super tokens, so a tile is two small matrix
+The association is nine float32 for each token. The grid is cut into *patches* of
+one or more cells, whose tokens are worked on in tiles, a program each. Tokens of
+a x b cells belong to (a + 2) x (b + 2) super tokens, so a tile is two small matrix
 products: its super tokens by its tokens, which gives the logits, and, after the
 softmax, association by tokens, which gives the tile's part of each super token.
 A second kernel adds up the parts that belong to a super token, always in the
 same order. Nothing is added atomically: the same input gives the same bits.
-The parts are float32, 3 x (s + 2) x C for a tile; between the two kernels they
-mostly stay in the L2 cache. Beyond 256 channels a tile is read a second time,
-from the cache, by the program that has just read it.
+The parts are float32, (a + 2) x (b + 2) x C for a tile; between the two kernels
+they mostly stay in the L2 cache. Beyond 256 channels a tile is read a second
+time, from the cache, by the program that has just read it.
 
 Tokens beyond the edge of the map are zeros that nobody stores, and neighbours
 beyond the edge of the grid are zeros that get their share of the softmax.
@@ -60,37 +60,51 @@ def _product(weights, x):
 
 @triton.jit
 def _locate_tokens(
-    strip,
     tile,
-    row,
+    patch_y,
+    patch_x,
     height,
     width,
+    grid_h,
     grid_w,
     CELL_H: tl.constexpr,
     CELL_W: tl.constexpr,
-    STRIP: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """For each token of a tile: its cell in the strip, whether that exists, place in it and in the map.
+    """For each token of a tile, where it is.
 
-    The last of them says whether the token exists: others are padding.
+    Row and column of its cell in the patch, the number of its cell in the grid and whether
+    that exists, its number in the cell, its number in the map and whether it exists there:
+    others are padding.
     """
     number = tile * TOKENS + tl.arange(0, TOKENS)
-    cell = number // (CELL_H * CELL_W)
-    in_grid = (cell < STRIP) & (strip * STRIP + cell < grid_w)
+    cell = tl.minimum(number // (CELL_H * CELL_W), PATCH_H * PATCH_W - 1)
     place = number % (CELL_H * CELL_W)
-    y = row * CELL_H + place // CELL_W
-    x = (strip * STRIP + cell) * CELL_W + place % CELL_W
-    return cell, in_grid, place, y * width + x, in_grid & (y < height) & (x < width)
+    i, j = cell // PATCH_W, cell % PATCH_W
+    cell_y, cell_x = patch_y * PATCH_H + i, patch_x * PATCH_W + j
+    in_grid = (number < PATCH_H * PATCH_W * CELL_H * CELL_W) & (cell_y < grid_h) & (cell_x < grid_w)
+    y, x = cell_y * CELL_H + place // CELL_W, cell_x * CELL_W + place % CELL_W
+    in_map = in_grid & (y < height) & (x < width)
+    return i, j, cell_y * grid_w + cell_x, in_grid, place, y * width + x, in_map
 
 
 @triton.jit
-def _locate_neighbours(strip, row, grid_h, grid_w, STRIP: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """For each super token around a strip: row and column there, place in the grid, and whether it exists."""
+def _locate_neighbours(
+    patch_y,
+    patch_x,
+    grid_h,
+    grid_w,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+):
+    """For each super token around a patch: row and column there, number in the grid, if it exists."""
     number = tl.arange(0, NEIGHBOURS)
-    i, j = number // (STRIP + 2), number % (STRIP + 2)
-    y, x = row - 1 + i, strip * STRIP - 1 + j
-    exists = (i < 3) & (y >= 0) & (y < grid_h) & (x >= 0) & (x < grid_w)
+    i, j = number // (PATCH_W + 2), number % (PATCH_W + 2)
+    y, x = patch_y * PATCH_H - 1 + i, patch_x * PATCH_W - 1 + j
+    exists = (i < PATCH_H + 2) & (y >= 0) & (y < grid_h) & (x >= 0) & (x < grid_w)
     return i, j, y * grid_w + x, exists
 
 
@@ -120,16 +134,16 @@ def _mean_kernel(
     BLOCK: tl.constexpr,
 ):
     """The mean of one cell, padding included."""
-    column, row, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    x, y, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     grid_w, grid_h = tl.num_programs(0), tl.num_programs(1)
     tokens += n * height * width * CHANNELS
-    means += ((n * grid_h + row) * grid_w + column) * CHANNELS
+    means += ((n * grid_h + y) * grid_w + x) * CHANNELS
     for start in range(0, CHANNELS, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         total = tl.zeros((TOKENS, BLOCK), tl.float32)
         for tile in range(tl.cdiv(CELL_H * CELL_W, TOKENS)):
-            _, _, _, token, exists = _locate_tokens(
-                column, tile, row, height, width, grid_w, CELL_H, CELL_W, 1, TOKENS
+            _, _, _, _, _, token, exists = _locate_tokens(
+                tile, y, x, height, width, grid_h, grid_w, CELL_H, CELL_W, 1, 1, TOKENS
             )
             total += _load_rows(tokens, token, exists, channel, CHANNELS).to(tl.float32)
         mean = tl.sum(total, axis=0) / (CELL_H * CELL_W)
@@ -151,7 +165,8 @@ def _aggregate_kernel(
     CHANNELS: tl.constexpr,
     CELL_H: tl.constexpr,
     CELL_W: tl.constexpr,
-    STRIP: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
     TILES: tl.constexpr,
     TOKENS: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
@@ -166,26 +181,36 @@ def _aggregate_kernel(
     """
     CELL: tl.constexpr = CELL_H * CELL_W
     ONE_BLOCK: tl.constexpr = CHANNELS <= BLOCK
-    strip, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    row, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    patch_x, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    patch_y, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tokens += n * height * width * CHANNELS
     super_tokens += n * grid_h * grid_w * CHANNELS
-    association += ((n * grid_h + row) * grid_w + strip * STRIP) * 9 * CELL
-    program = (n * grid_h + row) * tl.num_programs(0) + tl.program_id(0)
-    parts += program * 3 * (STRIP + 2) * CHANNELS
-    mass_parts += program * 3 * (STRIP + 2)
+    association += n * grid_h * grid_w * 9 * CELL
+    program = (n * tl.num_programs(1) + patch_y) * tl.num_programs(0) + tl.program_id(0)
+    parts += program * (PATCH_H + 2) * (PATCH_W + 2) * CHANNELS
+    mass_parts += program * (PATCH_H + 2) * (PATCH_W + 2)
 
-    cell, in_grid, place, token, token_exists = _locate_tokens(
-        strip, tile, row, height, width, grid_w, CELL_H, CELL_W, STRIP, TOKENS
+    cell_i, cell_j, cell, in_grid, place, token, token_exists = _locate_tokens(
+        tile,
+        patch_y,
+        patch_x,
+        height,
+        width,
+        grid_h,
+        grid_w,
+        CELL_H,
+        CELL_W,
+        PATCH_H,
+        PATCH_W,
+        TOKENS,
     )
     i, j, neighbour, neighbour_exists = _locate_neighbours(
-        strip, row, grid_h, grid_w, STRIP, NEIGHBOURS
+        patch_y, patch_x, grid_h, grid_w, PATCH_H, PATCH_W, NEIGHBOURS
     )
-    # Which of the strip's neighbours are among a token's own nine, and which of these they are.
-    step = j[:, None] - tl.minimum(cell, STRIP - 1)[None, :]
-    around = (i < 3)[:, None] & (step >= 0) & (step < 3)
-    ninth = cell[None, :] * 9 + 3 * i[:, None] + step
-    association += ninth * CELL + place[None, :]
+    # Which of the patch's neighbours are among a token's own nine, and which of these they are.
+    down, right = i[:, None] - cell_i[None, :], j[:, None] - cell_j[None, :]
+    around = (down >= 0) & (down < 3) & (right >= 0) & (right < 3)
+    association += (cell[None, :] * 9 + 3 * down + right) * CELL + place[None, :]
     stored = around & in_grid[None, :]
 
     if ASSOCIATE:
@@ -222,15 +247,17 @@ def _aggregate_kernel(
             _store_rows(parts, tl.arange(0, NEIGHBOURS), neighbour_exists, channel, part, CHANNELS)
 
 
-@triton.jit(do_not_specialize=['strips'])
+@triton.jit(do_not_specialize=['patches_h', 'patches_w'])
 def _gather_kernel(
     parts,
     mass_parts,
     super_tokens,
     mass,
-    strips,
+    patches_h,
+    patches_w,
     CHANNELS: tl.constexpr,
-    STRIP: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     SUM_MASS: tl.constexpr,
@@ -243,17 +270,19 @@ def _gather_kernel(
     x, y, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     grid_w, grid_h = tl.num_programs(0), tl.num_programs(1)
     this = (n * grid_h + y) * grid_w + x
-    # The strips around, and which of their neighbours this super token is.
+    # The patches around, and which of their neighbours this super token is.
     number = tl.arange(0, 16)
-    other, strip = y - 1 + number // 3, x // STRIP - 1 + number % 3
-    i, j = y - other + 1, x - strip * STRIP + 1
-    exists = (number < 9) & (other >= 0) & (other < grid_h) & (strip >= 0) & (strip < strips)
-    exists &= (j >= 0) & (j < STRIP + 2)
-    part = ((n * grid_h + other) * strips + strip) * TILES * 3 * (STRIP + 2) + i * (STRIP + 2) + j
+    patch_y, patch_x = y // PATCH_H - 1 + number // 3, x // PATCH_W - 1 + number % 3
+    i, j = y - patch_y * PATCH_H + 1, x - patch_x * PATCH_W + 1
+    exists = (number < 9) & (i >= 0) & (i < PATCH_H + 2) & (j >= 0) & (j < PATCH_W + 2)
+    exists &= (patch_y >= 0) & (patch_y < patches_h) & (patch_x >= 0) & (patch_x < patches_w)
+    AROUND: tl.constexpr = (PATCH_H + 2) * (PATCH_W + 2)
+    patch = (n * patches_h + patch_y) * patches_w + patch_x
+    part = patch * TILES * AROUND + i * (PATCH_W + 2) + j
     if SUM_MASS:
         masses = tl.zeros((16,), tl.float32)
         for tile in range(TILES):
-            masses += tl.load(mass_parts + part + tile * 3 * (STRIP + 2), exists, 0.0)
+            masses += tl.load(mass_parts + part + tile * AROUND, exists, 0.0)
         own_mass = tl.sum(masses, axis=0)
         tl.store(mass + this, own_mass)
     elif DIVIDE:
@@ -262,8 +291,7 @@ def _gather_kernel(
         channel = start + tl.arange(0, BLOCK)
         sums = tl.zeros((16, BLOCK), tl.float32)
         for tile in range(TILES):
-            row = part + tile * 3 * (STRIP + 2)
-            sums += _load_rows(parts, row, exists, channel, CHANNELS)
+            sums += _load_rows(parts, part + tile * AROUND, exists, channel, CHANNELS)
         total = tl.sum(sums, axis=0)
         if DIVIDE:
             total = total / (own_mass + 1e-12)
@@ -283,7 +311,8 @@ def _distribute_kernel(
     CHANNELS: tl.constexpr,
     CELL_H: tl.constexpr,
     CELL_W: tl.constexpr,
-    STRIP: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
     TILES: tl.constexpr,
     TOKENS: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
@@ -292,24 +321,35 @@ def _distribute_kernel(
 ):
     """One tile of tokens from the super tokens; ``DIVIDE``: from these over their mass."""
     CELL: tl.constexpr = CELL_H * CELL_W
-    strip, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    row, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    patch_x, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    patch_y, n = tl.program_id(1), tl.program_id(2).to(tl.int64)
     tokens += n * height * width * CHANNELS
     super_tokens += n * grid_h * grid_w * CHANNELS
     mass += n * grid_h * grid_w
-    association += ((n * grid_h + row) * grid_w + strip * STRIP) * 9 * CELL
+    association += n * grid_h * grid_w * 9 * CELL
 
-    cell, in_grid, place, token, token_exists = _locate_tokens(
-        strip, tile, row, height, width, grid_w, CELL_H, CELL_W, STRIP, TOKENS
+    cell_i, cell_j, cell, in_grid, place, token, token_exists = _locate_tokens(
+        tile,
+        patch_y,
+        patch_x,
+        height,
+        width,
+        grid_h,
+        grid_w,
+        CELL_H,
+        CELL_W,
+        PATCH_H,
+        PATCH_W,
+        TOKENS,
     )
     i, j, neighbour, neighbour_exists = _locate_neighbours(
-        strip, row, grid_h, grid_w, STRIP, NEIGHBOURS
+        patch_y, patch_x, grid_h, grid_w, PATCH_H, PATCH_W, NEIGHBOURS
     )
-    step = j[None, :] - cell[:, None]
-    ninth = cell[:, None] * 9 + 3 * i[None, :] + step
+    down, right = i[None, :] - cell_i[:, None], j[None, :] - cell_j[:, None]
+    around = (down >= 0) & (down < 3) & (right >= 0) & (right < 3)
     weights = tl.load(
-        association + ninth * CELL + place[:, None],
-        in_grid[:, None] & neighbour_exists[None, :] & (step >= 0) & (step < 3),
+        association + (cell[:, None] * 9 + 3 * down + right) * CELL + place[:, None],
+        around & in_grid[:, None] & neighbour_exists[None, :],
         0.0,
     )
     if DIVIDE:
@@ -331,16 +371,16 @@ def check_driver() -> None:
 
 
 class Tiling(NamedTuple):
-    """How programs share the tokens of a row of cells."""
+    """How programs share the tokens."""
 
-    strip: int
-    """Cells side by side that make a strip."""
+    patch: tuple[int, int]
+    """Height and width of a patch in cells."""
     tiles: int
-    """Programs for a strip."""
+    """Programs for a patch."""
     tokens: int
     """Tokens for a program, a power of 2."""
     neighbours: int
-    """Super tokens around a strip, rounded up to a power of 2."""
+    """Super tokens around a patch, rounded up to a power of 2."""
     block: int
     """Channels at a time, a power of 2."""
     num_warps: int
@@ -351,15 +391,18 @@ class Tiling(NamedTuple):
         cell = cell_size[0] * cell_size[1]
         block = max(next_power_of_2(channels), 16) if channels <= 256 else 128
         most = 8192 // block
-        # 3 x (2 + 2) super tokens fit into a product's least size, 16, as 3 x (1 + 2) do;
-        # cells of a few tokens need longer strips to fill a tile.
-        strip = 8 if cell <= 8 and block <= 128 else 2 if 2 * cell <= most else 1
-        tokens = min(max(next_power_of_2(strip * cell), 16), most)
+        # Patches that fill the smallest product, of 16 super tokens, or the next one of 32.
+        candidates = [(2, 2), (1, 2)]
+        if cell <= 8 and block <= 128:
+            candidates.insert(0, (2, 4))
+        patch = next((p for p in candidates if p[0] * p[1] * cell <= most), (1, 1))
+        in_patch = patch[0] * patch[1] * cell
+        tokens = min(max(next_power_of_2(in_patch), 16), most)
         return cls(
-            strip=strip,
-            tiles=cdiv(strip * cell, tokens),
+            patch=patch,
+            tiles=cdiv(in_patch, tokens),
             tokens=tokens,
-            neighbours=next_power_of_2(3 * (strip + 2)),
+            neighbours=next_power_of_2((patch[0] + 2) * (patch[1] + 2)),
             block=block,
             num_warps=8 if tokens * block * element_size > 16384 else 4,
         )
@@ -390,11 +433,12 @@ def _sum_tokens(
     n, height, width, channels = tokens.shape
     _, grid_h, grid_w, _, _ = association.shape
     tiling = Tiling.of(cell_size, channels, tokens.element_size())
-    strips = cdiv(grid_w, tiling.strip)
-    around = 3 * (tiling.strip + 2)
-    parts = association.new_empty(n, grid_h, strips, tiling.tiles, around, channels)
-    mass_parts = association.new_empty(n, grid_h, strips, tiling.tiles, around)
-    _aggregate_kernel[(strips * tiling.tiles, grid_h, n)](
+    patch_h, patch_w = tiling.patch
+    patches_h, patches_w = cdiv(grid_h, patch_h), cdiv(grid_w, patch_w)
+    all_parts = n, patches_h, patches_w, tiling.tiles, (patch_h + 2) * (patch_w + 2)
+    parts = association.new_empty(*all_parts, channels)
+    mass_parts = association.new_empty(all_parts)
+    _aggregate_kernel[(patches_w * tiling.tiles, patches_h, n)](
         tokens,
         tokens if means is None else means,
         association,
@@ -408,7 +452,8 @@ def _sum_tokens(
         CHANNELS=channels,
         CELL_H=cell_size[0],
         CELL_W=cell_size[1],
-        STRIP=tiling.strip,
+        PATCH_H=patch_h,
+        PATCH_W=patch_w,
         TILES=tiling.tiles,
         TOKENS=tiling.tokens,
         NEIGHBOURS=tiling.neighbours,
@@ -422,9 +467,11 @@ def _sum_tokens(
         mass_parts,
         super_tokens,
         mass_parts if mass is None else mass,
-        strips,
+        patches_h,
+        patches_w,
         CHANNELS=channels,
-        STRIP=tiling.strip,
+        PATCH_H=patch_h,
+        PATCH_W=patch_w,
         TILES=tiling.tiles,
         BLOCK=tiling.block,
         SUM_MASS=means is not None,
@@ -490,8 +537,10 @@ def distribute(
     height, width = token_shape
     tokens = super_tokens.new_empty(n, height, width, channels)
     tiling = Tiling.of(cell_size, channels, tokens.element_size())
+    patch_h, patch_w = tiling.patch
+    grid = cdiv(grid_w, patch_w) * tiling.tiles, cdiv(grid_h, patch_h), n
     with torch.cuda.device_of(tokens):
-        _distribute_kernel[(cdiv(grid_w, tiling.strip) * tiling.tiles, grid_h, n)](
+        _distribute_kernel[grid](
             association.contiguous(),
             super_tokens,
             association if mass is None else mass,
@@ -503,7 +552,8 @@ def distribute(
             CHANNELS=channels,
             CELL_H=cell_size[0],
             CELL_W=cell_size[1],
-            STRIP=tiling.strip,
+            PATCH_H=patch_h,
+            PATCH_W=patch_w,
             TILES=tiling.tiles,
             TOKENS=tiling.tokens,
             NEIGHBOURS=tiling.neighbours,
