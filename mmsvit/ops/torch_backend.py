@@ -70,14 +70,11 @@ def _gather_neighbours(super_tokens: Tensor) -> Tensor:
 
 def _scatter_neighbours(parts: Tensor) -> Tensor:
     """(N, Gh, Gw, 9, C) -> (N, Gh, Gw, C): the adjoint; what leaves the grid is dropped."""
-    # Padding by a negative width crops: each part moves to the cell that it belongs to.
-    moved = (
-        F.pad(part, (0, 0, j, -j, i, -i)) for (i, j), part in zip(NEIGHBOURS, parts.unbind(dim=3))
-    )
-    total = next(moved)
-    for part in moved:
-        total += part
-    return total
+    n, grid_h, grid_w, _, channels = parts.shape
+    total = parts.new_zeros(n, grid_h + 2, grid_w + 2, channels)
+    for (i, j), part in zip(NEIGHBOURS, parts.unbind(dim=3)):
+        total[:, 1 + i : 1 + i + grid_h, 1 + j : 1 + j + grid_w] += part
+    return total[:, 1:-1, 1:-1].contiguous()
 
 
 def _associate(cells: Tensor, super_tokens: Tensor) -> tuple[Tensor, Tensor]:
