@@ -15,6 +15,9 @@ from mmengine.logging import print_log
 
 BACKENDS = ('auto', 'torch', 'triton')
 VARIABLE = 'MMSVIT_OPS_BACKEND'
+# So far the Triton kernels have run in Triton's interpreter and been compiled for GPUs, but not
+# run on one. They wait to be asked for by name until they have.
+PROVEN_ON_CUDA = False
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -50,6 +53,11 @@ def _choose(wanted: str, source: str, device: torch.device, dtype: torch.dtype) 
         choice = 'torch', f'{source}=torch asks for it'
     elif wanted == 'auto' and device.type != 'cuda':
         choice = 'torch', f'the tensors are on {device.type}'
+    elif wanted == 'auto' and not PROVEN_ON_CUDA:
+        choice = (
+            'torch',
+            f'the Triton kernels have not been tested on a GPU; {VARIABLE}=triton tries',
+        )
     else:
         obstacle = _why_not_triton(device, dtype)
         if obstacle and wanted == 'triton':
@@ -70,8 +78,8 @@ def choose_backend(
     """Choose the backend for tensors of ``dtype`` on ``device``.
 
     ``'auto'`` is what the environment variable ``MMSVIT_OPS_BACKEND`` says; if that
-    is unset or ``'auto'``, it is Triton for CUDA tensors where Triton works, and
-    PyTorch for all others. By name, Triton also runs in its interpreter
+    is unset or ``'auto'``, it is Triton for CUDA tensors where Triton works (once it
+    is :data:`PROVEN_ON_CUDA`), and PyTorch for all others. By name, Triton also runs in its interpreter
     (``TRITON_INTERPRET=1``), slowly and on any device. Each choice is logged once,
     at DEBUG.
 
