@@ -19,7 +19,7 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='mmsvit',
-    locations=['mmsvit.data_check', 'mmsvit.strict_checkpoint'],
+    locations=['mmsvit.data_check', 'mmsvit.strict_checkpoint', 'mmsvit.deploy'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

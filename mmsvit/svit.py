@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from . import deploy
 from .checkpoint import check_fit, load_pretrained, model_state_dict
+from .ops.conv_ffn import conv_ffn, convolve_and_add
 from .registry import MODELS
 from .super_token_attention import ATTENTIONS
 
@@ -206,6 +208,11 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
+        layers = (self.fc1, self.dwconv, self.fc2)
+        # Somebody may have put other layers in place of ours, say for low-rank adaptation.
+        ours = tuple(type(layer) for layer in layers) == (nn.Linear, nn.Conv2d, nn.Linear)
+        if ours and not (self.training and self.drop.p):
+            return conv_ffn(x, *((layer.weight, layer.bias) for layer in layers))
         x = self.drop(self.act(self.fc1(x)))
         if self.dwconv is not None:
             x = x + _channels_last(self.dwconv, x)
@@ -251,15 +258,27 @@ class SuperTokenBlock(nn.Module):
             self.gamma_1 = nn.Parameter(torch.full((embed_dims,), float(layer_scale)))
             self.gamma_2 = nn.Parameter(torch.full((embed_dims,), float(layer_scale)))
 
-    def _residual(self, branch: Tensor, gamma: Tensor | None) -> Tensor:
-        return self.drop_path(branch if gamma is None else gamma * branch)
+    def _add_branch(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+        branch = self.drop_path(branch if gamma is None else gamma * branch)
+        if torch.is_grad_enabled() or branch.dtype != x.dtype:
+            return x + branch
+        return branch.add_(x)  # Into memory that is there: new memory costs more than the sum.
+
+    def fold_into_linear(self) -> None:
+        """Fold the batch norm and layer scale into linear layers, for good."""
+        deploy.fold_norm_into_linear(self.norm2, self.ffn.fc1)
+        self.norm2 = nn.Identity()
+        if self.gamma_1 is not None:
+            deploy.fold_scale_into_linear(self.attn.attend.proj, self.gamma_1)
+            deploy.fold_scale_into_linear(self.ffn.fc2, self.gamma_2)
+            self.gamma_1 = self.gamma_2 = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
         if self.pos_embed is not None:
-            x = x + _channels_last(self.pos_embed, x)
-        x = x + self._residual(self.attn(self.norm1(x)), self.gamma_1)
-        return x + self._residual(self.ffn(_channels_last(self.norm2, x)), self.gamma_2)
+            x = convolve_and_add(x, self.pos_embed.weight, self.pos_embed.bias)
+        x = self._add_branch(x, self.attn(self.norm1(x)), self.gamma_1)
+        return self._add_branch(x, self.ffn(_channels_last(self.norm2, x)), self.gamma_2)
 
 
 @contextlib.contextmanager
@@ -398,6 +417,7 @@ class SViT(BaseModule):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.deployed = False
         embed_dims, depths = arch['embed_dims'], arch['depths']
         self.embed_dims = embed_dims
 
@@ -556,6 +576,26 @@ class SViT(BaseModule):
         state_dict.clear()
         state_dict.update(weights)
 
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Change the model for good into its form for inference: faster, the same outputs.
+
+        Batch norms and layer scale are folded into the layers beside them
+        (:mod:`mmsvit.deploy`). Load weights before; a second call does nothing.
+        """
+        if self.deployed:
+            return
+        self.deployed = True
+        for name, layer in self.stem.named_children():
+            if isinstance(layer, _BatchNorm):
+                setattr(self.stem, name, deploy.ChannelAffine(layer))
+        for stage in self.stages:
+            for block in stage.blocks:
+                block.fold_into_linear()
+            if stage.downsample is not None:
+                stage.downsample = deploy.fuse_conv_and_norm(stage.downsample)
+        self.eval()
+
     def _freeze_stages(self) -> None:
         frozen = [self.stem] if self.frozen_stages >= 0 else []
         frozen += list(self.stages)[: max(self.frozen_stages, 0)]
@@ -565,7 +605,16 @@ class SViT(BaseModule):
                 parameter.requires_grad = False
 
     def train(self, mode: bool = True) -> SViT:
-        """Set training mode, except for what ``frozen_stages`` and ``norm_eval`` hold fast."""
+        """Set training mode, except for what ``frozen_stages`` and ``norm_eval`` hold fast.
+
+        Raises:
+            RuntimeError: The model was switched to its form for inference.
+        """
+        if mode and self.deployed:
+            raise RuntimeError(
+                'this SViT was switched to its form for inference, which cannot be trained; build '
+                'it anew and load its checkpoint'
+            )
         super().train(mode)
         if mode:
             self._freeze_stages()

@@ -90,6 +90,21 @@ def test_tests_a_checkpoint(trained, shapes, tmp_path):
 
 
 @pytest.mark.slow
+def test_deployed_backbone_finds_the_same(trained, shapes, tmp_path):
+    name, work_dir, _ = trained
+    if name == 'mmdet':
+        pytest.skip("MMDetection's test.py has no --deploy")
+    scores = []
+    for deploy in ([], ['--deploy']):
+        out = tmp_path / f'{len(deploy)}.pkl'
+        arguments = [CONFIG, work_dir / 'epoch_2.pth', '--work-dir', tmp_path, '--out', out]
+        run_python(ROOT / 'tools' / 'test.py', *arguments, *deploy, *options(shapes), cwd=tmp_path)
+        scores.append(pickle.loads(out.read_bytes())[0]['pred_instances']['scores'])
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(scores[1], scores[0])  # It was another computation.
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_refused(trained, shapes, tmp_path):
     _, work_dir, _ = trained
     checkpoint = torch.load(work_dir / 'epoch_2.pth', weights_only=False)

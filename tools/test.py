@@ -29,6 +29,11 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='test-time augmentation, by tta_model and tta_pipeline of the config',
     )
+    parser.add_argument(
+        '--deploy',
+        action='store_true',
+        help='fold batch norms and layer scale of the backbone into other layers: faster',
+    )
     add_arguments(parser)
     args = parser.parse_args()
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
@@ -88,6 +93,8 @@ def main() -> None:
     cfg.load_from, cfg.resume = args.checkpoint, False
     # By default MMEngine only warns where a checkpoint does not fit.
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmsvit.StrictCheckpointHook')]
+    if args.deploy:
+        cfg.custom_hooks.append(dict(type='mmsvit.DeployHook'))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.test()
 

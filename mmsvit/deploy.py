@@ -1,0 +1,83 @@
+"""The form of SViT for inference: batch norms and layer scale folded into the layers beside them.
+
+:meth:`mmsvit.SViT.switch_to_deploy` does it, once the weights are loaded; outputs stay the
+same to float rounding, and the model cannot be trained any more. The batch norms of the stem
+stand before convolutions with zero padding, for which no weights give the same at the border:
+they become one multiplication and addition.
+"""
+
+from __future__ import annotations
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .registry import HOOKS
+
+
+class ChannelAffine(nn.Module):
+    """What a batch norm with fixed statistics does: a factor and a shift for each channel."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        scale, shift = scale_and_shift(norm)
+        self.register_buffer('scale', scale[:, None, None])
+        self.register_buffer('shift', shift[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return torch.addcmul(self.shift, x, self.scale)
+
+
+def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Factor and shift, ``(C,)`` each, of a batch norm in evaluation mode."""
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def fold_norm_into_linear(norm: _BatchNorm, linear: nn.Linear) -> None:
+    """Change ``linear`` so that it does what ``linear(norm(x))`` did, over channels."""
+    scale, shift = scale_and_shift(norm)
+    linear.bias += linear.weight @ shift
+    linear.weight *= scale
+
+
+def fold_scale_into_linear(linear: nn.Linear, scale: Tensor) -> None:
+    """Change ``linear`` so that it does what ``scale * linear(x)`` did."""
+    linear.weight *= scale[:, None]
+    linear.bias *= scale
+
+
+def fuse_conv_and_norm(layers: nn.Sequential) -> nn.Module:
+    """One convolution for a convolution and the batch norm behind it."""
+    conv, norm = layers
+    return fuse_conv_bn_eval(conv.eval(), norm.eval())
+
+
+@HOOKS.register_module()
+class DeployHook(Hook):
+    """Switch every part of a model that can to its form for inference, before a test.
+
+    For a model that is tested only: one that is evaluated during training has to go on
+    training.
+    """
+
+    priority = 'VERY_LOW'  # After the weights are loaded and whatever else looks at them.
+
+    def before_test(self, runner: Runner) -> None:
+        """Call ``switch_to_deploy`` of every module that has it.
+
+        Raises:
+            ValueError: No module has it.
+        """
+        modules = [m for m in runner.model.modules() if hasattr(m, 'switch_to_deploy')]
+        if not modules:
+            raise ValueError(
+                f'nothing in this {type(runner.model).__name__} can be switched to a form for '
+                'inference; mmsvit.SViT can'
+            )
+        for module in modules:
+            module.switch_to_deploy()

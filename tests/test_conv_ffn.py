@@ -1,0 +1,92 @@
+"""The FFN by rows computes what it computes at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmsvit.ops import conv_ffn
+from mmsvit.svit import ConvFFN
+
+HIDDEN = 12
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [shape, (HIDDEN, shape[-1]), (HIDDEN,), (HIDDEN, 1, 3, 3), (HIDDEN,)]
+    shapes += [(5, HIDDEN), (5,)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
+
+
+def layer_by_layer(x, w1, b1, kernel, bias, w2, b2):
+    hidden = F.gelu(x @ w1.T + b1)
+    maps = hidden.permute(0, 3, 1, 2)
+    maps = maps + F.conv2d(maps, kernel, bias, padding=1, groups=HIDDEN)
+    return maps.permute(0, 2, 3, 1) @ w2.T + b2
+
+
+def run(x, w1, b1, kernel, bias, w2, b2):
+    return conv_ffn.conv_ffn(x, (w1, b1), (kernel, bias), (w2, b2))
+
+
+@pytest.fixture(params=['at once', 2, 3, 7])
+def rows(request, monkeypatch):
+    """How many rows make a piece of the hidden map."""
+
+    def choose(x, *parameters):
+        return x.shape[1] if request.param == 'at once' else request.param
+
+    monkeypatch.setattr(conv_ffn, '_rows_of_a_piece', choose)
+
+
+@pytest.mark.parametrize('shape', [(2, 14, 5, 6), (1, 15, 1, 6), (3, 8, 4, 6), (1, 1, 9, 6)])
+def test_values_and_gradients(rows, shape):
+    tensors = inputs(*shape)
+    found, expected = run(*tensors), layer_by_layer(*tensors)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad(found, tensors, gradient),
+        torch.autograd.grad(expected, tensors, gradient),
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(rows, dtype):
+    tensors = inputs(2, 9, 5, 6, dtype=dtype)
+    found = run(*tensors)
+    assert found.dtype == dtype
+    exact = layer_by_layer(*[tensor.double() for tensor in tensors])
+    plain = layer_by_layer(*tensors)
+    slack = torch.finfo(dtype).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max() + slack
+
+
+def test_a_layout_that_is_not_contiguous(rows):
+    x, *parameters = inputs(2, 9, 5, 6)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(run(turned, *parameters), run(x, *parameters))
+
+
+def test_large_maps_go_by_rows_and_small_ones_do_not():
+    parameters = [torch.empty(256, 64), torch.empty(0)]
+    assert conv_ffn._rows_of_a_piece(torch.empty(1, 200, 336, 64), *parameters) < 20
+    assert conv_ffn._rows_of_a_piece(torch.empty(1, 14, 14, 64), *parameters) >= 14
+    with torch.autocast('cpu', torch.bfloat16):
+        assert conv_ffn._rows_of_a_piece(torch.empty(1, 200, 336, 64), *parameters) == 200
+
+
+def test_a_layer_put_in_the_place_of_ours_is_used():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    ffn, x = ConvFFN(6, 12), torch.randn(1, 4, 4, 6)
+    expected = 2 * ffn(x)
+    ffn.fc2.__class__ = Doubled
+    torch.testing.assert_close(ffn(x), expected)
