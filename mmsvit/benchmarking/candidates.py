@@ -1,0 +1,146 @@
+"""What can be measured: models, and the forms they come in, by a compact name.
+
+``NAME[:SIZES][+FLAG...]``, such as ``svit-s``, ``svit-s:16-8-2-1+deploy+compile`` or ``swin-t``.
+Nothing is downloaded: weights are random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..svit import ARCHS
+
+SVIT_ARCHS = {'svit-s': 'small', 'svit-b': 'base', 'svit-l': 'large'}
+
+_SWIN = dict(
+    type='mmdet.SwinTransformer', embed_dims=96, num_heads=[3, 6, 12, 24], drop_path_rate=0.0
+)
+PEERS: dict[str, tuple[dict, list[int]]] = {
+    'swin-t': (dict(_SWIN, depths=[2, 2, 6, 2]), [96, 192, 384, 768]),
+    'swin-s': (dict(_SWIN, depths=[2, 2, 18, 2]), [96, 192, 384, 768]),
+    'r50': (dict(type='mmdet.ResNet', depth=50, norm_eval=False), [256, 512, 1024, 2048]),
+    'pvtv2-b2': (
+        dict(
+            type='mmdet.PyramidVisionTransformerV2',
+            embed_dims=64,
+            num_layers=[3, 4, 6, 3],
+            drop_path_rate=0.0,
+        ),
+        [64, 128, 320, 512],
+    ),
+    'convnext-t': (
+        dict(
+            type='mmpretrain.ConvNeXt',
+            arch='tiny',
+            out_indices=[0, 1, 2, 3],
+            layer_scale_init_value=1.0,
+            gap_before_final_norm=False,
+        ),
+        [96, 192, 384, 768],
+    ),
+}
+"""Configs of backbones as detectors use them, and the channels of their four outputs.
+
+Nothing is frozen and no path is dropped, so that a training step is the same work every time.
+"""
+
+SVIT_FLAGS = {
+    'deploy': 'the inference form, model.switch_to_deploy()',
+    'torch': 'super token operations by the torch backend',
+    'triton': 'super token operations by the triton backend',
+}
+FLAGS = {
+    **SVIT_FLAGS,
+    'compile': 'torch.compile of the backbone',
+    'channels-last': 'weights and images in the channels-last memory format',
+    'graph': 'the run captured once in a CUDA graph and replayed',
+}
+"""Forms of a candidate, and what they mean."""
+
+DEFAULT_MODELS = ['svit-s', 'svit-s:16-8-2-1', 'swin-t', 'r50', 'pvtv2-b2', 'convnext-t']
+DEFAULT_REFERENCE = 'swin-t'
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model in one form.
+
+    Attributes:
+        name: As it was written, ``NAME[:SIZES][+FLAG...]``.
+        model: Of :data:`SVIT_ARCHS` or :data:`PEERS`.
+        super_token_sizes: For each stage, in tokens; None for those of the arch.
+        flags: Of :data:`FLAGS`.
+    """
+
+    name: str
+    model: str
+    super_token_sizes: tuple[int, ...] | None
+    flags: frozenset[str]
+
+    @property
+    def is_svit(self) -> bool:
+        """Whether it is ours, not a peer."""
+        return self.model in SVIT_ARCHS
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of the super token operations that was asked for by name."""
+        return next((name for name in ('torch', 'triton') if name in self.flags), None)
+
+    @property
+    def arch(self) -> dict:
+        """The architecture of an SViT, with the super token sizes that were asked for."""
+        arch = dict(ARCHS[SVIT_ARCHS[self.model]])
+        if self.super_token_sizes is not None:
+            arch['super_token_sizes'] = self.super_token_sizes
+        return arch
+
+    @property
+    def backbone(self) -> dict:
+        """Config of the backbone, as a detector uses it, without weights."""
+        if self.is_svit:
+            return dict(type='mmsvit.SViT', arch=self.arch, out_norm_cfg=dict(type='LN'))
+        return dict(PEERS[self.model][0])
+
+    @property
+    def out_channels(self) -> list[int]:
+        """Channels of the backbone's four outputs."""
+        return list(self.arch['embed_dims']) if self.is_svit else PEERS[self.model][1]
+
+
+def parse_candidate(name: str) -> Candidate:
+    """Read ``NAME[:SIZES][+FLAG...]``.
+
+    Raises:
+        ValueError: There is no such model or flag, or the parts do not fit together.
+    """
+    rest, *flags = name.split('+')
+    model, has_sizes, sizes = rest.partition(':')
+    if model not in SVIT_ARCHS and model not in PEERS:
+        raise ValueError(f'{name!r}: no model {model!r}; use one of {", ".join(known_models())}')
+    unknown = [flag for flag in flags if flag not in FLAGS]
+    if unknown:
+        raise ValueError(f'{name!r}: no flag {unknown[0]!r}; use one of {", ".join(FLAGS)}')
+    if {'torch', 'triton'} <= set(flags):
+        raise ValueError(f'{name!r}: the backend is torch or triton, not both')
+    if model in PEERS:
+        of_svit = [flag for flag in flags if flag in SVIT_FLAGS] + [sizes] * bool(has_sizes)
+        if of_svit:
+            raise ValueError(
+                f'{name!r}: {of_svit[0]!r} is for SViT only, {model} has no such thing'
+            )
+    parsed = None
+    if has_sizes:
+        parts = sizes.split('-')
+        if len(parts) != 4 or not all(part.isdecimal() and int(part) for part in parts):
+            raise ValueError(
+                f'{name!r}: super token sizes are four whole numbers of 1 or more, one for each '
+                f'stage, such as 16-8-2-1, found {sizes!r}'
+            )
+        parsed = tuple(map(int, parts))
+    return Candidate(name, model, parsed, frozenset(flags))
+
+
+def known_models() -> list[str]:
+    """The names of all models."""
+    return [*SVIT_ARCHS, *PEERS]

@@ -1,0 +1,85 @@
+"""On what a measurement was made."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import mmsvit
+
+LIBRARIES = ('torchvision', 'triton', 'numpy', 'mmengine', 'mmcv', 'mmdet', 'mmpretrain')
+VARIABLES = ('MMSVIT_OPS_BACKEND', 'TRITON_INTERPRET', 'OMP_NUM_THREADS', 'PYTORCH_CUDA_ALLOC_CONF')
+
+
+def describe_environment() -> dict[str, str]:
+    """Hardware, versions and settings that times depend on, by name.
+
+    To be called with the settings that the measurement is made with, such as the threads.
+    """
+    found = {
+        'date': datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
+        'mmsvit': _mmsvit_version(),
+        'CPU': f'{_cpu_name()}, {os.cpu_count()} cores seen, {torch.get_num_threads()} threads used',
+        'GPU': _gpu_name(),
+        'system': f'{platform.system()} {platform.machine()}, Python {platform.python_version()}',
+        'torch': f'{torch.__version__}, CUDA {torch.version.cuda}, '
+        f'cuDNN {torch.backends.cudnn.version()}',
+    }
+    found.update({name: _version(name) for name in LIBRARIES})
+    found['float32 on CUDA'] = (
+        f'tf32 in matrix products {_on(torch.backends.cuda.matmul.allow_tf32)}, in convolutions '
+        f'{_on(torch.backends.cudnn.allow_tf32)}; cuDNN benchmark '
+        f'{_on(torch.backends.cudnn.benchmark)}'
+    )
+    found['variables'] = ', '.join(f'{v}={os.environ[v]}' for v in VARIABLES if v in os.environ)
+    return found
+
+
+def _on(value: bool) -> str:
+    return 'on' if value else 'off'
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.import_module(library).__version__
+    except ImportError:
+        return 'not installed'
+
+
+def _mmsvit_version() -> str:
+    """The version, with the commit if this is a checkout."""
+    folder = Path(mmsvit.__file__).parent
+    try:
+        # The folder itself must be tracked: an environment may lie in somebody else's checkout.
+        _git(folder, 'ls-files', '--error-unmatch', '__init__.py')
+        commit = _git(folder, 'rev-parse', '--short=12', 'HEAD')
+        changed = _git(folder, 'status', '--porcelain', '--untracked-files=no', '.')
+    except (OSError, subprocess.CalledProcessError):
+        return mmsvit.__version__
+    return f'{mmsvit.__version__}, commit {commit}' + (' with changes' if changed else '')
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ['git', '-C', str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _cpu_name() -> str:
+    """What the CPU calls itself; ``platform`` knows only its family on Linux."""
+    info = Path('/proc/cpuinfo')
+    match = re.search(r'^model name\s*:\s*(.+)', info.read_text(), re.M) if info.is_file() else None
+    return match[1] if match else platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str:
+    if not torch.cuda.is_available():
+        return 'none'
+    properties = torch.cuda.get_device_properties(0)
+    return f'{properties.name}, {properties.total_memory / 2**30:.0f} GiB'

@@ -1,0 +1,314 @@
+"""Taking times: the candidates of a case in turns, so that what disturbs one disturbs all."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+
+from ..complexity import Figures
+from .candidates import Candidate
+from .memory import cpu_run_bytes, cuda_run_bytes, describe
+from .workloads import Case, Workload, build_copy, build_workload, find_backend
+
+COPY = 'copy'
+"""Name of the copy of memory that is measured along with operations."""
+
+MIN_ROUNDS = 3
+MIN_SECONDS = 0.02
+"""What is shorter is repeated to fill this, and the time divided."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        rounds: How often each candidate is measured.
+        seconds: When to stop measuring a case, however many of the rounds are done, but not
+            before three of them; None for never.
+        warmup: Calls before the first measurement.
+        threads: Threads of CPU operations.
+        memory: Whether to measure peak memory on the CPU, which needs a process for each.
+    """
+
+    rounds: int = 10
+    seconds: float | None = None
+    warmup: int = 2
+    threads: int = 1
+    memory: bool = True
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, quartiles and extremes."""
+
+    median: float
+    q1: float
+    q3: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        low, q1, median, q3, high = map(float, np.percentile(values, [0, 25, 50, 75, 100]))
+        return cls(median, q1, q3, low, high)
+
+
+@dataclass
+class Result:
+    """What was found of one candidate; None is what could not be found or has no meaning here.
+
+    Attributes:
+        name: Of the candidate.
+        error: Why there are no times.
+        backend: Who computes the super token operations of an SViT.
+        parameters: How many, with those of heads in a detector.
+        layers: Multiply-adds of layers in inference of one image.
+        total: The same with products of activations, see :mod:`mmsvit.complexity`.
+        not_counted: What multiplies and is in neither, or why nothing was counted.
+        weight_bytes: What parameters and buffers occupy.
+        run_bytes: What a run needs on top at its peak, gradients included.
+        first_seconds: The first call: initialisation, and compilation if there is any.
+        runs: Runs that a time is the mean of.
+        seconds: Of one run, a time for each round.
+        bytes_to_move: Fewest bytes that a run reads and writes.
+        observed: What depends on the weights: proposals and masks of a detector's batch.
+        time: Of ``seconds``.
+        ratio: Of ``seconds`` to the reference's, round by round.
+        bandwidth_share: Share of the bandwidth of a copy, round by round, that moving
+            ``bytes_to_move`` in this time would be.
+    """
+
+    name: str
+    error: str | None = None
+    backend: str | None = None
+    parameters: int | None = None
+    layers: int | None = None
+    total: int | None = None
+    not_counted: str | None = None
+    weight_bytes: int | None = None
+    run_bytes: int | None = None
+    first_seconds: float | None = None
+    runs: int | None = None
+    seconds: list[float] = field(default_factory=list)
+    bytes_to_move: int | None = None
+    observed: dict[str, int] = field(default_factory=dict)
+    time: Spread | None = None
+    ratio: Spread | None = None
+    bandwidth_share: Spread | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Weights and what a run needs on top."""
+        return None if self.run_bytes is None else self.weight_bytes + self.run_bytes
+
+
+@dataclass
+class CaseResult:
+    """The candidates of a case, all measured in the same rounds.
+
+    ``reference`` is the candidate whose times others are divided by; None if none has any.
+    """
+
+    case: Case
+    reference: str | None
+    results: list[Result]
+
+
+class _Runner:
+    """A candidate ready to be timed, and its result."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.result = Result(name)
+        self.device = device
+        self.run: Callable[[], object] | None = None
+        self.calls = 1
+
+    @property
+    def alive(self) -> bool:
+        return self.result.error is None
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        """Do ``step``; if it fails, that is the result, and memory is free for others."""
+        try:
+            step()
+        except Exception as error:  # Whatever a candidate fails with is its result.
+            self.result.error = describe(error)
+            self.result.seconds.clear()
+            self.run = None
+        if not self.alive:
+            _free(self.device)
+
+    def find_backend(self, candidate: Candidate, case: Case) -> None:
+        self.result.backend = find_backend(candidate, case)
+
+    def measure_memory(self, candidate: Candidate, case: Case, threads: int) -> None:
+        """First of all: what the system kills for its memory, it kills there and not here."""
+        self.result.run_bytes = cpu_run_bytes(candidate, case, threads)
+
+    def prepare(self, build: Callable[[], Workload], warmup: int, graph: bool = False) -> None:
+        workload = build()
+        result, self.run = self.result, workload.run
+        result.parameters = workload.parameters
+        result.weight_bytes = workload.weight_bytes
+        result.bytes_to_move, result.observed = workload.bytes_to_move, workload.observed
+        if workload.count is not None:
+            self._count(workload.count)
+        result.first_seconds = self.time(1)
+        if self.device == 'cuda':
+            workload.model.zero_grad(set_to_none=True)
+            result.run_bytes = cuda_run_bytes(workload.run)
+        if graph:
+            self.run = _capture(workload.run)
+        times = [self.time(1) for _ in range(max(warmup, 1))]
+        self.calls = max(1, math.ceil(MIN_SECONDS / min(times)))
+        result.runs = self.calls * workload.runs
+
+    def _count(self, count: Callable[[], tuple[Figures, Counter[str]]]) -> None:
+        """Counting may fail where running does not; the times are worth having then."""
+        try:
+            figures, uncounted = count()
+        except Exception as error:
+            self.result.not_counted = describe(error)
+            return
+        self.result.layers, self.result.total = figures.layers, figures.total
+        if uncounted:
+            names = (f'{name} ({times} times)' for name, times in uncounted.items())
+            self.result.not_counted = ', '.join(names)
+
+    def time(self, calls: int) -> float:
+        """Seconds of ``calls`` calls, from an idle device to an idle device."""
+        if self.device == 'cuda':
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            for _ in range(calls):
+                self.run()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+        start_time = time.perf_counter()
+        for _ in range(calls):
+            self.run()
+        return time.perf_counter() - start_time
+
+    def measure(self) -> None:
+        self.result.seconds.append(self.time(self.calls) / self.result.runs)
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == 'cuda':
+        torch.cuda.empty_cache()
+
+
+def _capture(run: Callable[[], object]) -> Callable[[], object]:
+    """Record ``run`` in a CUDA graph. It has run before, so nothing is initialised in between."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def measure_case(
+    candidates: Sequence[Candidate],
+    case: Case,
+    settings: Settings,
+    references: Sequence[str],
+    progress: Callable[[str], None],
+) -> CaseResult:
+    """Measure all candidates in rounds, each round beginning with another candidate.
+
+    A candidate that fails is reported as failed and does not keep others from being measured.
+
+    Args:
+        candidates: What to compare.
+        case: Under what.
+        settings: How.
+        references: Names of candidates; times are divided by those of the first that has any.
+        progress: Is told what is being done.
+    """
+    torch.set_num_threads(settings.threads)
+    _free(case.device)
+    # Graphs of the case before would count towards the limit above which nothing is compiled. At
+    # that limit, plain code would be measured in place of compiled code, without a word.
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        runners = _prepare(candidates, case, settings, progress)
+        _run_rounds(runners, settings, lambda done: progress(f'{case}: round {done + 1}'))
+    results = [runner.result for runner in runners]
+    measured = {result.name for result in results if not result.error}
+    reference = next((name for name in references if name in measured), None)
+    _summarise(results, reference)
+    return CaseResult(case, reference, results)
+
+
+def _prepare(
+    candidates: Sequence[Candidate],
+    case: Case,
+    settings: Settings,
+    progress: Callable[[str], None],
+) -> list[_Runner]:
+    """Build all candidates, measure their memory and warm them up; with operations, a copy, too."""
+    runners = []
+    for candidate in candidates:
+        progress(f'{case}: preparing {candidate.name}')
+        runner = _Runner(candidate.name, case.device)
+        runners.append(runner)
+        runner.attempt(partial(runner.find_backend, candidate, case))
+        if runner.alive and case.device == 'cpu' and settings.memory:
+            runner.attempt(partial(runner.measure_memory, candidate, case, settings.threads))
+        if runner.alive:
+            build = partial(build_workload, candidate, case)
+            graph = 'graph' in candidate.flags
+            runner.attempt(partial(runner.prepare, build, settings.warmup, graph))
+    if case.is_op:
+        copy = _Runner(COPY, case.device)
+        copy.attempt(partial(copy.prepare, partial(build_copy, case.device), settings.warmup))
+        runners.append(copy)
+    return runners
+
+
+def _run_rounds(
+    runners: list[_Runner], settings: Settings, progress: Callable[[int], None]
+) -> None:
+    start = time.perf_counter()
+    for done in range(settings.rounds):
+        alive = [runner for runner in runners if runner.alive]
+        late = settings.seconds is not None and time.perf_counter() - start > settings.seconds
+        if not alive or (late and done >= MIN_ROUNDS):
+            return
+        progress(done)
+        first = done % len(alive)
+        for runner in alive[first:] + alive[:first]:
+            runner.attempt(runner.measure)
+
+
+def _summarise(results: list[Result], reference: str | None) -> None:
+    """Compute what compares candidates, round by round: machines change while they measure."""
+    times = {result.name: np.array(result.seconds) for result in results if not result.error}
+    copy = next((result for result in results if result.name == COPY and not result.error), None)
+    for result in results:
+        if result.error:
+            continue
+        seconds = times[result.name]
+        result.time = Spread.of(seconds)
+        if reference in times and result.name != COPY:
+            result.ratio = Spread.of(seconds / times[reference])
+        if copy is not None and result.bytes_to_move:
+            bandwidth = copy.bytes_to_move / times[COPY]
+            result.bandwidth_share = Spread.of(result.bytes_to_move / seconds / bandwidth)

@@ -1,0 +1,204 @@
+r"""Measure time and memory of SViT and of its peers, in turns, with random weights and images.
+
+    python tools/benchmark.py backbone --shapes 512x512 800x1344 --threads 2
+    python tools/benchmark.py backbone --models svit-s svit-s+deploy svit-s+deploy+compile swin-t
+    python tools/benchmark.py op op-train --device cuda --dtypes bfloat16 --batch 2 \
+        --models svit-s+torch svit-s+triton svit-s+triton+graph
+    python tools/benchmark.py backbone --scaling --out docs/benchmarks/scaling
+
+What can be measured:
+{modes}
+
+Models are written NAME[:SIZES][+FLAG...]: svit-s, svit-s:16-8-2-1 (other super token sizes),
+svit-s:16-8-2-1+deploy+compile. Names: {models}. Flags:
+{flags}
+
+Every case (what, shape, dtype) is measured in rounds. In a round each candidate runs once, and
+rounds begin with another candidate each time. A candidate that fails is reported so, and the
+others go on. How to read the results: docs/benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from mmsvit.benchmarking.candidates import (
+    DEFAULT_MODELS,
+    DEFAULT_REFERENCE,
+    FLAGS,
+    Candidate,
+    known_models,
+    parse_candidate,
+)
+from mmsvit.benchmarking.environment import describe_environment
+from mmsvit.benchmarking.measure import COPY, MIN_ROUNDS, Settings, measure_case
+from mmsvit.benchmarking.report import Report, terminal_table
+from mmsvit.benchmarking.workloads import DTYPES, MODES, Case
+
+SCALING_SIDES = (224, 320, 448, 640, 800, 1024, 1280, 1600)
+MIN_SIDE = 32
+MIN_WIDTH = 130
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r'(\d+)x(\d+)', text)
+    shape = tuple(map(int, match.groups())) if match else (0, 0)
+    if min(shape) < MIN_SIDE:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not HxW, height and width of {MIN_SIDE} pixels or more, such as 800x1344'
+        )
+    return shape
+
+
+def parse_model(text: str) -> Candidate:
+    try:
+        return parse_candidate(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more')
+    return int(text)
+
+
+def listing(meanings: dict[str, str]) -> str:
+    return '\n'.join(f'    {name:<14} {meaning}' for name, meaning in meanings.items())
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.format(
+            modes=listing(MODES), models=', '.join(known_models()), flags=listing(FLAGS)
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('modes', nargs='+', choices=MODES, metavar='WHAT', help='what to measure')
+    parser.add_argument(
+        '--models',
+        nargs='+',
+        type=parse_model,
+        default=[parse_candidate(name) for name in DEFAULT_MODELS],
+        metavar='NAME[:SIZES][+FLAG...]',
+        help=f'candidates; by default {" ".join(DEFAULT_MODELS)}',
+    )
+    parser.add_argument(
+        '--reference',
+        metavar='NAME',
+        help=f'which of the models to divide by; by default {DEFAULT_REFERENCE} if it was '
+        'measured, else the first that was',
+    )
+    parser.add_argument(
+        '--shapes', nargs='+', type=parse_shape, metavar='HxW', help='images; 800x1344 by default'
+    )
+    parser.add_argument(
+        '--scaling',
+        action='store_true',
+        help=f'a series of square images of {", ".join(map(str, SCALING_SIDES))} pixels (or of '
+        '--shapes), with tables by size and a plot',
+    )
+    parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=['float32'])
+    parser.add_argument('--batch', type=positive, default=1, help='images in a batch')
+    parser.add_argument(
+        '--stage',
+        type=int,
+        choices=(1, 2, 3, 4),
+        default=1,
+        help='whose tokens and super token size the operation takes',
+    )
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument(
+        '--threads', type=positive, help='of CPU operations; as many as torch chooses by default'
+    )
+    parser.add_argument('--rounds', type=positive, default=10)
+    parser.add_argument(
+        '--seconds',
+        type=float,
+        help=f'begin no more rounds of a case after so long, but do {MIN_ROUNDS} in any case',
+    )
+    parser.add_argument('--warmup', type=positive, default=2, help='calls before the first round')
+    parser.add_argument(
+        '--no-memory',
+        action='store_true',
+        help='skip peak memory on the CPU, which takes a process for each candidate and case',
+    )
+    parser.add_argument(
+        '--out', type=Path, metavar='PATH', help='write PATH.json and PATH.md (and PATH.png)'
+    )
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser()
+    args = parser.parse_args()
+    names = [candidate.name for candidate in args.models]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        parser.error(f'--models has {", ".join(sorted(twice))} more than once')
+    if args.reference is not None and args.reference not in names:
+        parser.error(f'--reference {args.reference} is not one of --models: {", ".join(names)}')
+    if args.shapes is None:
+        args.shapes = [(s, s) for s in SCALING_SIDES] if args.scaling else [(800, 1344)]
+    if args.out is not None:
+        try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f'--out {args.out}: cannot make its folder: {error}')
+    if args.device == 'cuda':
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error('--device cuda: there is no CUDA device that torch can use')
+    return args
+
+
+def list_references(args: argparse.Namespace) -> list[str]:
+    """What to divide by, the best first."""
+    if args.reference is not None:
+        return [args.reference]
+    return [DEFAULT_REFERENCE, *(candidate.name for candidate in args.models)]
+
+
+def list_cases(args: argparse.Namespace) -> Iterator[Case]:
+    for mode in args.modes:
+        for dtype in args.dtypes:
+            for shape in args.shapes:
+                yield Case(mode, shape, args.batch, dtype, args.device, args.stage)
+
+
+def main() -> None:
+    args = parse_args()
+    import torch
+
+    threads = args.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)  # Before the environment is described.
+    settings = Settings(args.rounds, args.seconds, args.warmup, threads, not args.no_memory)
+    command = shlex.join(['python', 'tools/benchmark.py', *sys.argv[1:]])
+    report = Report(command, describe_environment(), settings, [], args.scaling)
+    files: list[Path] = []
+    console = Console()
+    console.width = max(console.width, MIN_WIDTH)  # Of a pipe, it knows no width.
+    for case in list_cases(args):
+        with Console(stderr=True).status('') as status:
+            found = measure_case(args.models, case, settings, list_references(args), status.update)
+        report.cases.append(found)
+        console.print(terminal_table(found))
+        if args.out is not None:  # After each case: a long run may be cut short.
+            files = report.write(args.out)
+    for file in files:
+        print(f'wrote {file}')
+    results = [r for found in report.cases for r in found.results if r.name != COPY]
+    if all(result.error is not None for result in results):
+        sys.exit('every candidate failed')
+
+
+if __name__ == '__main__':
+    main()
