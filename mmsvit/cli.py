@@ -65,3 +65,10 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
             'find_unused_parameters', cfg.get('find_unused_parameters', False)
         )
     return cfg
+
+
+def add_hook(cfg: Config, hook: dict) -> None:
+    """Add a hook to a config, unless it has one of that type already."""
+    hooks = cfg.get('custom_hooks') or []
+    if not any(other.get('type') == hook['type'] for other in hooks):
+        cfg.custom_hooks = [*hooks, hook]

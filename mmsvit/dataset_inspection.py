@@ -39,7 +39,7 @@ def inspect_data(
     seed: int = 0,
     console: Console | None = None,
 ) -> DatasetReport:
-    """Look at the data of a config of MMDetection, MMSegmentation or MMPreTrain.
+    """Look at the data of a config of MMDetection, MMSegmentation or MMPretrain.
 
     Data that are not there or cannot be read are in the report and raise nothing.
 

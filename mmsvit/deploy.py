@@ -34,8 +34,10 @@ class ChannelAffine(nn.Module):
 
 def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Factor and shift, ``(C,)`` each, of a batch norm in evaluation mode."""
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    return scale, norm.bias - norm.running_mean * scale
+    scale, shift = torch.rsqrt(norm.running_var + norm.eps), 0.0
+    if norm.affine:
+        scale, shift = scale * norm.weight, norm.bias
+    return scale, shift - norm.running_mean * scale
 
 
 def fold_norm_into_linear(norm: _BatchNorm, linear: nn.Linear) -> None:
@@ -55,6 +57,18 @@ def fuse_conv_and_norm(layers: nn.Sequential) -> nn.Module:
     """One convolution for a convolution and the batch norm behind it."""
     conv, norm = layers
     return fuse_conv_bn_eval(conv.eval(), norm.eval())
+
+
+def refuse_weights(module: nn.Module, *_: object) -> None:
+    """Keep weights of a trained model out of one into which norms were folded.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError(
+        f'this {type(module).__name__} was switched to its form for inference, in which weights '
+        'mean something else: load them before switch_to_deploy()'
+    )
 
 
 @HOOKS.register_module()

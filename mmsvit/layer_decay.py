@@ -15,7 +15,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     A parameter of the backbone at depth ``d`` of ``n`` (:meth:`mmsvit.SViT.get_layer_depth`)
     learns at ``layer_decay_rate ** (n - 1 - d)`` times the rate it would have otherwise;
-    neck and heads keep theirs. In a config::
+    neck and heads keep theirs. ``backbone_lr_mult`` (1 by default) multiplies the rates of the
+    whole backbone. (As a key of ``custom_keys``, ``'backbone'`` would do that as well, but take
+    precedence over ``norm_decay_mult`` and ``bias_decay_mult``.) In a config::
 
         optim_wrapper = dict(
             constructor='mmsvit.LayerDecayOptimWrapperConstructor',
@@ -32,7 +34,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _validate_cfg(self) -> None:
         super()._validate_cfg()
         rate = (self.paramwise_cfg or {}).get('layer_decay_rate')
-        if not isinstance(rate, float) or not 0 < rate <= 1:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise ValueError(
                 f'paramwise_cfg.layer_decay_rate must be a number in (0, 1], found {rate!r}'
             )
@@ -59,6 +61,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         names = {parameter: name for name, parameter in module.named_parameters()}
         for group in params:
             (parameter,) = group['params']
-            depth, num_layers = backbone.get_layer_depth(names[parameter], prefix)
+            name = names[parameter]
+            depth, num_layers = backbone.get_layer_depth(name, prefix)
             scale = self.paramwise_cfg['layer_decay_rate'] ** (num_layers - 1 - depth)
+            if name.startswith(prefix):
+                scale *= self.paramwise_cfg.get('backbone_lr_mult', 1)
             group['lr'] = group.get('lr', self.base_lr) * scale

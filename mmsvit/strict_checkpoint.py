@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, load_state_dict
 
-from .checkpoint import model_state_dict
+from .checkpoint import backbone_state_dict, check_fit, model_state_dict
 from .registry import HOOKS
 
 
@@ -15,17 +16,28 @@ class StrictCheckpointHook(Hook):
 
     MMEngine by itself warns and goes on where weights are missing, left over or of another
     shape. The authors' classifier is taken as it is, under mmpretrain's names.
+
+    Args:
+        backbone_only: Whether the rest of the model may differ, as heads do that were
+            trained for other classes.
     """
 
     priority = 'VERY_HIGH'  # Before EMAHook, which copies what is loaded.
+
+    def __init__(self, backbone_only: bool = False) -> None:
+        self.backbone_only = backbone_only
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Try the weights before the runner loads them.
 
         Raises:
-            RuntimeError: They do not fit; the message names them.
-            ValueError: There are none.
+            RuntimeError, ValueError: They do not fit, or there are none; the message names them.
         """
+        if self.backbone_only:
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            found = backbone_state_dict(checkpoint, 'backbone.')
+            check_fit(found, model.backbone.state_dict(), f'load_from={runner._load_from!r}')
+            return
         weights = model_state_dict(checkpoint)
         load_state_dict(runner.model, weights, strict=True)
         if weights is not checkpoint:

@@ -188,6 +188,15 @@ class DropPath(nn.Module):
         return f'drop_prob={self.drop_prob:g}'
 
 
+def _is_plain(layer: nn.Module | None) -> bool:
+    """Whether a layer's weights say all about it.
+
+    Somebody may have put another in its place, say for low-rank adaptation, or listen to it.
+    """
+    hooks = layer is not None and (layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) in (nn.Linear, nn.Conv2d) and not hooks
+
+
 class ConvFFN(nn.Module):
     """FFN with a residual depthwise 3x3 convolution between its two layers (paper, Sec. 3.3).
 
@@ -209,9 +218,7 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
         layers = (self.fc1, self.dwconv, self.fc2)
-        # Somebody may have put other layers in place of ours, say for low-rank adaptation.
-        ours = tuple(type(layer) for layer in layers) == (nn.Linear, nn.Conv2d, nn.Linear)
-        if ours and not (self.training and self.drop.p):
+        if all(_is_plain(layer) for layer in layers) and not (self.training and self.drop.p):
             return conv_ffn(x, *((layer.weight, layer.bias) for layer in layers))
         x = self.drop(self.act(self.fc1(x)))
         if self.dwconv is not None:
@@ -253,6 +260,7 @@ class SuperTokenBlock(nn.Module):
         self.norm2 = _build_norm(norm_cfg, embed_dims)
         self.ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate, conv_ffn)
         self.drop_path = DropPath(drop_path_rate)
+        self.in_place = False
         self.gamma_1 = self.gamma_2 = None
         if layer_scale is not None:
             self.gamma_1 = nn.Parameter(torch.full((embed_dims,), float(layer_scale)))
@@ -260,12 +268,12 @@ class SuperTokenBlock(nn.Module):
 
     def _add_branch(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
         branch = self.drop_path(branch if gamma is None else gamma * branch)
-        if torch.is_grad_enabled() or branch.dtype != x.dtype:
-            return x + branch
-        return branch.add_(x)  # Into memory that is there: new memory costs more than the sum.
+        # Into memory that is there: new memory costs more than the sum.
+        return branch.add_(x) if self.in_place and branch.dtype == x.dtype else x + branch
 
     def fold_into_linear(self) -> None:
         """Fold the batch norm and layer scale into linear layers, for good."""
+        self.in_place = True
         deploy.fold_norm_into_linear(self.norm2, self.ffn.fc1)
         self.norm2 = nn.Identity()
         if self.gamma_1 is not None:
@@ -275,8 +283,10 @@ class SuperTokenBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
-        if self.pos_embed is not None:
+        if _is_plain(self.pos_embed):
             x = convolve_and_add(x, self.pos_embed.weight, self.pos_embed.bias)
+        elif self.pos_embed is not None:
+            x = x + _channels_last(self.pos_embed, x)
         x = self._add_branch(x, self.attn(self.norm1(x)), self.gamma_1)
         return self._add_branch(x, self.ffn(_channels_last(self.norm2, x)), self.gamma_2)
 
@@ -581,11 +591,11 @@ class SViT(BaseModule):
         """Change the model for good into its form for inference: faster, the same outputs.
 
         Batch norms and layer scale are folded into the layers beside them
-        (:mod:`mmsvit.deploy`). Load weights before; a second call does nothing.
+        (:mod:`mmsvit.deploy`), and sums are written into what the branches returned. Load
+        weights before; a second call does nothing.
         """
         if self.deployed:
             return
-        self.deployed = True
         for name, layer in self.stem.named_children():
             if isinstance(layer, _BatchNorm):
                 setattr(self.stem, name, deploy.ChannelAffine(layer))
@@ -595,6 +605,8 @@ class SViT(BaseModule):
             if stage.downsample is not None:
                 stage.downsample = deploy.fuse_conv_and_norm(stage.downsample)
         self.eval()
+        self.deployed = True
+        self.register_load_state_dict_pre_hook(deploy.refuse_weights)
 
     def _freeze_stages(self) -> None:
         frozen = [self.stem] if self.frozen_stages >= 0 else []

@@ -8,6 +8,7 @@ of COCO, ADE20K or ImageNet.
 
 import sys
 
+import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -69,6 +70,16 @@ def main() -> None:
     runner = Runner.from_cfg(cfg)
     runner.train()
     assert runner.iter == 1, runner.iter
+    model = runner.model.train()
+    batch = model.data_preprocessor(next(iter(runner.train_dataloader)), training=True)
+    loss, _ = model.parse_losses(model(**batch, mode='loss'))
+    loss.backward()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unused, f'a distributed run stops at parameters without gradient: {unused}'
+    with torch.autocast('cpu', torch.bfloat16):  # The backbone and what mmcv's ops come after.
+        features = model.extract_feat(batch['inputs'])
+    sum(feature.float().square().mean() for feature in features).backward()
+    assert all(feature.isfinite().all() for feature in features)
     print('ONE STEP', runner.message_hub.get_scalar('train/loss').current())
 
 

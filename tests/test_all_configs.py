@@ -71,6 +71,6 @@ def test_one_of_each_method(name, site, small_data, tmp_path):
 
 
 @pytest.mark.all_configs
-@pytest.mark.parametrize('name', [name for name in CONFIGS if name not in ONE_OF_EACH])
+@pytest.mark.parametrize('name', CONFIGS)
 def test_all_configs(name, site, small_data, tmp_path):
     step(name, site, small_data, tmp_path)

@@ -1,4 +1,4 @@
-"""Every config parses, says nothing that is ignored, and builds."""
+"""Every config parses and fits together, and its settings are the published ones where there are some."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmsvit import SViT, config_path
@@ -70,20 +71,39 @@ def test_coco_config_is_the_published_setting():
     assert cfg.train_pipeline[2].scale == (1333, 800)
 
 
-def test_weight_decay_spares_norms_biases_and_layer_scale():
-    cfg = Config.fromfile(config_path('svit_maskrcnn_coco.py'))
-    cfg.model.backbone.update(arch='base', init_cfg=None)
-    init_default_scope('mmdet')
+@pytest.mark.parametrize(
+    ('name', 'rate'),
+    [
+        ('svit_maskrcnn_coco', 1),
+        ('svit_upernet_ade20k', 1),
+        ('dino/dino-4scale_svit-s_8xb2-12e_coco', 0.1),
+        ('mask2former/svit-s_mask2former_8xb2-160k_ade20k-512x512', 0.1),
+    ],
+)
+def test_weight_decay_spares_norms_biases_and_layer_scale(name, rate):
+    cfg = Config.fromfile(config_path(f'{name}.py'))
+    scale = (None, None, 0.1, 0.1)
+    cfg.model.backbone.update(arch={**ARCHS['small'], 'layer_scale': scale}, init_cfg=None)
+    init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    from mmengine.optim import build_optim_wrapper
-
-    decay = {
-        id(group['params'][0]): group['weight_decay']
+    groups = {
+        id(group['params'][0]): group
         for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     }
+    optimizer = cfg.optim_wrapper.optimizer
     for name, parameter in model.backbone.named_parameters():
-        spared = parameter.ndim == 1
-        assert decay[id(parameter)] == (0 if spared else 0.05), name
+        group = groups[id(parameter)]
+        expected = 0 if parameter.ndim == 1 else optimizer.weight_decay
+        assert group['weight_decay'] == expected, name
+        assert group['lr'] == pytest.approx(rate * optimizer.lr), name
+
+
+def test_multi_scale_testing_multiplies_the_size_of_single_scale_testing():
+    cfg = Config.fromfile(config_path('svit_upernet_ade20k.py'))
+    single = cfg.test_pipeline[1]
+    scales = [resize.scale for resize in cfg.tta_pipeline[1].transforms[0]]
+    assert single.type == 'Resize' and single.scale in scales and len(scales) == 6
+    assert all(width == 4 * height for width, height in scales)
 
 
 def test_config_path_lists_what_there_is():

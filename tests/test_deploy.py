@@ -17,8 +17,9 @@ def trained(**arguments) -> SViT:
     model = SViT(**{'arch': small_arch(), **arguments})
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            nn.init.normal_(module.weight, 1, 0.3)
-            nn.init.normal_(module.bias)
+            if module.affine:
+                nn.init.normal_(module.weight, 1, 0.3)
+                nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
     for name, parameter in model.named_parameters():
@@ -42,6 +43,7 @@ def assert_deploys(model: SViT, x: torch.Tensor) -> None:
     [
         {},
         dict(norm_cfg=dict(type='SyncBN', eps=1e-3)),
+        dict(norm_cfg=dict(type='BN', affine=False)),
         dict(out_indices=(1,), out_norm_cfg=dict(type='BN')),
         dict(token_sampling='average_pool', pos_embed=False, conv_ffn=False),
     ],
@@ -71,3 +73,11 @@ def test_a_deployed_model_is_not_trained():
     with pytest.raises(RuntimeError, match='form for inference, which cannot be trained'):
         model.train()
     model.eval()
+
+
+def test_a_deployed_model_takes_no_weights_of_a_trained_one():
+    model = trained()
+    weights = model.state_dict()
+    model.switch_to_deploy()
+    with pytest.raises(RuntimeError, match='load them before switch_to_deploy'):
+        model.load_state_dict(weights, strict=False)

@@ -290,3 +290,33 @@ def test_average_pooling_is_attention_among_the_means_of_cells():
 def test_unknown_token_sampling_is_refused():
     with pytest.raises(ValueError, match=r"one of \['super_token', 'average_pool'\], found 'max'"):
         make(token_sampling='max')
+
+
+def test_hooks_see_what_the_layers_return():
+    model = make().eval()
+    block = model.stages[0].blocks[0]
+    layers = [block.pos_embed, block.attn, block.ffn, block.ffn.fc1, block.ffn.dwconv]
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    with torch.no_grad():
+        model(images())
+    without_gradient = [output.clone() for output in seen]
+    seen.clear()
+    model(images())
+    assert len(seen) == len(layers)
+    for one, other in zip(seen, without_gradient):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_embedding_put_in_the_place_of_ours_is_used():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make().eval()
+    block = model.stages[0].blocks[0]
+    x = torch.randn(1, 8, 8, 8)
+    plain = block(x)
+    block.pos_embed.__class__ = Doubled
+    assert not torch.allclose(block(x), plain)

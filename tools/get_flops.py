@@ -183,6 +183,11 @@ def zoo_tables(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
             if trained:
                 cells.append(list_metrics(entry.ours))
             lines.append(f'| {" | ".join(cells)} |')
+        lines += [
+            f'\nNot counted in {entry.config.stem}: {not_counted(figures)}.'
+            for entry, figures in members
+            if figures.uncounted
+        ]
     return '\n'.join(lines)
 
 

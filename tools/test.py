@@ -13,7 +13,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmsvit.checkpoint import read_checkpoint
-from mmsvit.cli import add_arguments, load_config
+from mmsvit.cli import add_arguments, add_hook, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -92,9 +92,9 @@ def main() -> None:
         dump_into(cfg, args.out)
     cfg.load_from, cfg.resume = args.checkpoint, False
     # By default MMEngine only warns where a checkpoint does not fit.
-    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='mmsvit.StrictCheckpointHook')]
+    add_hook(cfg, dict(type='mmsvit.StrictCheckpointHook'))
     if args.deploy:
-        cfg.custom_hooks.append(dict(type='mmsvit.DeployHook'))
+        add_hook(cfg, dict(type='mmsvit.DeployHook'))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.test()
 

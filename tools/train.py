@@ -12,7 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmsvit.checkpoint import read_checkpoint
-from mmsvit.cli import add_arguments, load_config
+from mmsvit.cli import add_arguments, add_hook, load_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,6 +53,10 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
         read_checkpoint(cfg.load_from)  # An unsafe or broken file is refused before anything else.
+    if cfg.get('load_from') or cfg.get('resume'):
+        # By default MMEngine only warns where a checkpoint does not fit. Heads may differ in a
+        # run that begins with the weights of another; nothing may in one that goes on.
+        add_hook(cfg, dict(type='mmsvit.StrictCheckpointHook', backbone_only=not cfg.get('resume')))
 
 
 def main() -> None:

@@ -16,6 +16,18 @@ model = dict(
     ),
     neck=dict(in_channels=[128, 320, 512]),
 )
+# DINO's tenth of the learning rate for the backbone, and no decay of norms and biases.
+optim_wrapper = dict(
+    constructor='mmsvit.LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(
+        _delete_=True,
+        layer_decay_rate=1.0,
+        backbone_lr_mult=0.1,
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        custom_keys={'gamma_': dict(decay_mult=0.0)},
+    ),
+)
 
 custom_imports = dict(imports=['mmsvit.checkpoint'], allow_failed_imports=False)
 custom_hooks = [dict(type='mmsvit.CheckDatasetHook'), dict(type='NumClassCheckHook')]

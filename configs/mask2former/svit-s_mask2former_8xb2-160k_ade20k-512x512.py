@@ -18,6 +18,22 @@ model = dict(
     ),
     decode_head=dict(in_channels=[64, 128, 320, 512]),
 )
+# Mask2Former's tenth of the learning rate for the backbone, and no decay of norms, biases and
+# embeddings.
+optim_wrapper = dict(
+    constructor='mmsvit.LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(
+        _delete_=True,
+        layer_decay_rate=1.0,
+        backbone_lr_mult=0.1,
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        custom_keys={
+            name: dict(decay_mult=0.0)
+            for name in ('gamma_', 'query_embed', 'query_feat', 'level_embed')
+        },
+    ),
+)
 
 # The head's parts are MMDetection's.
 custom_imports = dict(imports=['mmsvit.checkpoint', 'mmdet.models'], allow_failed_imports=False)

@@ -11,6 +11,7 @@ _base_ = './mask-rcnn_svit-l_fpn_1x_coco.py'
 runner_type = 'FlexibleRunner'
 strategy = dict(
     type='FSDPStrategy',
+    state_dict_cfg='full',  # One file, which every tool reads.
     model_wrapper=dict(
         type='MMFullyShardedDataParallel',
         use_orig_params=True,  # Without it there is no weight decay of its own for norms.
@@ -20,4 +21,4 @@ strategy = dict(
         ),
     ),
 )
-optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16')
+optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=dict(enabled=False))

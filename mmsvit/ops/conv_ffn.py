@@ -3,7 +3,7 @@
 The hidden map is four times as wide as the tokens. Computed layer by layer, it goes through
 memory five times, and training keeps three copies of it. On a CPU the rows of the map are
 worked on a few at a time instead, so that their hidden part stays in the cache, and the
-backward pass computes it again.
+backward pass computes it again. (That gradient cannot be differentiated once more.)
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ def conv_ffn(
     Returns:
         ``(N, H, W, C')``.
     """
+    if _is_half(x, dwconv[0]):
+        hidden = F.gelu(F.linear(x, *fc1))
+        return F.linear(convolve_and_add(hidden, *dwconv), *fc2)
     parameters = (*fc1, _add_identity(dwconv[0]), dwconv[1], *fc2)
     if _rows_of_a_piece(x, *parameters) >= x.shape[1]:
         return _whole(x, *parameters)
@@ -43,7 +46,10 @@ def conv_ffn(
 
 
 def convolve_and_add(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    """``x + dwconv(x)`` with a depthwise 3x3 convolution, in one pass.
+    """``x + dwconv(x)`` with a depthwise 3x3 convolution, in one pass in float32.
+
+    In half precision, or under autocast, 1 + w would round the weight to the precision of 1 and
+    x to that of the convolution: there it is a sum.
 
     Args:
         x: ``(N, H, W, C)``.
@@ -53,7 +59,13 @@ def convolve_and_add(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     Returns:
         ``(N, H, W, C)``.
     """
+    if _is_half(x, kernel):
+        return x + _convolve(x, kernel, bias, pad_rows=1)
     return _convolve(x, _add_identity(kernel), bias, pad_rows=1)
+
+
+def _is_half(x: Tensor, kernel: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) or kernel.dtype.itemsize < 4
 
 
 def _add_identity(kernel: Tensor) -> Tensor:
@@ -63,7 +75,7 @@ def _add_identity(kernel: Tensor) -> Tensor:
 def _rows_of_a_piece(x: Tensor, w1: Tensor, *rest: Tensor) -> int:
     """How many rows to work on at a time; all of them where there is nothing to gain."""
     in_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if x.device.type != 'cpu' or in_one_graph or torch.is_autocast_enabled('cpu'):
+    if x.device.type != 'cpu' or in_one_graph:
         return x.shape[1]
     row_bytes = x.shape[2] * w1.shape[0] * x.element_size()
     budget = max(PIECE_BYTES, PIECE_PER_WEIGHT * w1.numel() * w1.element_size())
@@ -100,22 +112,27 @@ class _ByRows(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         rows = _rows_of_a_piece(x, *parameters)
         height = x.shape[1]
-        grad_x = torch.zeros_like(x)
-        grad_parameters = [torch.zeros_like(parameter) for parameter in parameters]
-        for image, image_grad, into in zip(x, grad, grad_x):
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        totals = [torch.zeros_like(tensor) for tensor in (x, *parameters)]
+        for n in range(x.shape[0]):
             for first in range(0, height, rows):
                 last = min(first + rows, height)
                 above, below = int(first > 0), int(last < height)
                 part = slice(first - above, last + below)
+                inputs = [tensor.detach() for tensor in (x[n : n + 1, part], *parameters)]
+                for i in wanted:
+                    inputs[i].requires_grad_()
                 with torch.enable_grad():
-                    inputs = [image[None, part].detach().requires_grad_()]
-                    inputs += [parameter.detach().requires_grad_() for parameter in parameters]
                     out = _part(*inputs, missing_above=1 - above, missing_below=1 - below)
-                grads = torch.autograd.grad(out, inputs, image_grad[None, first:last])
-                into[part] += grads[0][0]
-                for total, one in zip(grad_parameters, grads[1:]):
+                grads = torch.autograd.grad(
+                    out, [inputs[i] for i in wanted], grad[n : n + 1, first:last]
+                )
+                for i, one in zip(wanted, grads):
+                    total = totals[i] if i else totals[0][n : n + 1, part]
                     total += one
-        return grad_x, *grad_parameters
+        return tuple(
+            total if needed else None for total, needed in zip(totals, ctx.needs_input_grad)
+        )
 
 
 def _part(
@@ -162,7 +179,7 @@ def _forward_by_rows(
         new = flat[known * width : (known + stop - start) * width]
         if stop > start:
             torch.addmm(b1, x[start * width : stop * width], w1.t(), out=new)
-            torch._C._nn.gelu_(new)
+            torch.ops.aten.gelu_(new)
         end = last - first + 2
         if last == height:
             hidden[:, end - 1] = 0
