@@ -41,7 +41,7 @@ val_dataloader = val_evaluator = val_cfg = None
 test_dataloader = test_evaluator = test_cfg = None
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=3)
 optim_wrapper = dict(
-    _delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9)
+    _delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9)
 )
 param_scheduler = []
 default_hooks = dict(checkpoint=dict(interval=3, save_best=None))
