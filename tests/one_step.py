@@ -47,6 +47,11 @@ def use_small_data(cfg: Config, data: str) -> None:
     if cfg.default_scope == 'mmdet':
         cfg.val_evaluator.ann_file = f'{data}/annotations/instances_val.json'
     cfg.train_dataloader.batch_size = 2
+    if 'roi_head' in cfg.model:  # Fewer regions, too.
+        cfg.model.test_cfg.rpn.max_per_img = 50
+        stages = cfg.model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 16
     if 'data_preprocessor' in cfg.model:
         cfg.model.data_preprocessor = shrink(cfg.model.data_preprocessor)
 

@@ -612,5 +612,5 @@ def test_missing_split_folder_of_imagenet(animals):
     cfg.train_dataloader.dataset = dict(
         type='ImageNet', data_root=str(animals), split='val', pipeline=[]
     )
-    (example,) = found(inspect_data(cfg))['error', 'data sets that cannot be built']
+    (example,) = found(inspect_data(cfg))['error', 'files or folders that are not there']
     assert str(animals / 'val') in example

@@ -73,6 +73,7 @@ def test_triton_by_name_where_it_cannot_run(monkeypatch, by):
     ],
 )
 def test_auto_falls_back_and_says_why(monkeypatch, dtype, capability, installed, reason):
+    monkeypatch.setattr(backend_module, 'PROVEN_ON_CUDA', True)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'Old GPU')
     if not installed:
@@ -82,6 +83,15 @@ def test_auto_falls_back_and_says_why(monkeypatch, dtype, capability, installed,
     assert name == 'torch' and reason in found
     with pytest.raises(RuntimeError, match='use auto'):
         choose_backend(CUDA, dtype, 'triton')
+
+
+def test_auto_takes_triton_when_its_kernels_are_proven(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setenv('TRITON_INTERPRET', '1')  # There is no driver to ask.
+    for proven, expected in ((False, 'torch'), (True, 'triton')):
+        backend_module._choose.cache_clear()
+        monkeypatch.setattr(backend_module, 'PROVEN_ON_CUDA', proven)
+        assert choose_backend(CUDA, torch.float32)[0] == expected
 
 
 def test_choice_is_logged_once(monkeypatch):
