@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import mmsvit  # noqa: F401  (before any test imports MMDetection: see mmsvit/mmcv_ext.py)
+
 if torch.cuda.is_available():
     OPS_PLACES = [('torch', 'cpu'), ('torch', 'cuda'), ('triton', 'cuda')]
 else:
