@@ -320,3 +320,9 @@ def test_a_position_embedding_put_in_the_place_of_ours_is_used():
     plain = block(x)
     block.pos_embed.__class__ = Doubled
     assert not torch.allclose(block(x), plain)
+
+
+def test_shapes_without_computing():
+    with torch.device('meta'):
+        outputs = make()(torch.empty(1, 3, 61, 90))
+    assert [output.shape[2:] for output in outputs] == [(16, 23), (8, 12), (4, 6), (2, 3)]

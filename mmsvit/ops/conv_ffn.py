@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .torch_backend import under_autocast
+
 # What one piece of the hidden map may have: about a core's cache, or more where the weights,
 # which every piece reads again, are larger than that.
 PIECE_BYTES = 2**21
@@ -65,7 +67,7 @@ def convolve_and_add(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
 
 
 def _is_half(x: Tensor, kernel: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) or kernel.dtype.itemsize < 4
+    return under_autocast(x.device) or kernel.dtype.itemsize < 4
 
 
 def _add_identity(kernel: Tensor) -> Tensor:

@@ -27,8 +27,14 @@ EPS = 1e-12
 """What is added to the mass of a super token before dividing by it."""
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast chooses dtypes on ``device``; not every kind of device can."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    if torch.is_autocast_enabled(device.type):
+    if under_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
