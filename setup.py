@@ -27,6 +27,7 @@ class BuildWithConfigs(build_py):
                     ignore=shutil.ignore_patterns(*CHECKOUT_ONLY),
                     dirs_exist_ok=True,
                 )
+            shutil.copy(ROOT / 'model-index.yml', Path(self.build_lib, 'mmsvit', '.mim'))
 
 
 setup(

@@ -106,7 +106,8 @@ def site(tmp_path_factory) -> Path:
         # A copy: what an earlier build left behind would be packed again.
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
-    shutil.copy(ROOT / 'MANIFEST.in', source)
+    for name in ('MANIFEST.in', 'model-index.yml'):
+        shutil.copy(ROOT / name, source)
     pip = ['-m', 'pip', '-q']
     run_python(*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', folder, source)
     (wheel,) = folder.glob('mmsvit-*.whl')

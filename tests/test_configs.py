@@ -120,6 +120,7 @@ def test_configs_are_in_the_wheel(site, tmp_path):
         'assert Config.fromfile(path).model.backbone.type == "mmsvit.SViT"'
     )
     run_python('-c', code, cwd=tmp_path, site=site)
+    assert (site / 'mmsvit' / '.mim' / 'model-index.yml').is_file()
 
 
 def test_config_path_finds_those_of_other_packages():
