@@ -91,14 +91,14 @@ SHARDED = """
 import os
 import sys
 
+import mmsvit  # before MMDetection, which needs it without compiled ops
+
 import mmengine.runner
 import torch
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import RUNNERS
-
-import mmsvit
 
 os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[2])
 torch.cuda.set_device = lambda *_: None  # MMEngine's strategy asks for a GPU even with gloo.
