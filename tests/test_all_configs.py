@@ -70,6 +70,7 @@ def test_one_of_each_method(name, site, small_data, tmp_path):
     step(name, site, small_data, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.all_configs
 @pytest.mark.parametrize('name', CONFIGS)
 def test_all_configs(name, site, small_data, tmp_path):
