@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import deploy
-from .checkpoint import check_fit, load_pretrained, model_state_dict
+from .checkpoint import backbone_state_dict, check_fit, load_pretrained, model_state_dict
 from .ops.conv_ffn import conv_ffn, convolve_and_add
 from .registry import MODELS
 from .super_token_attention import ATTENTIONS
@@ -577,11 +577,7 @@ class SViT(BaseModule):
         if prefix or not ({'model', 'patch_embed.proj.0.weight'} & set(state_dict)):
             return
         weights = dict(model_state_dict(state_dict))
-        backbone = {
-            key.removeprefix('backbone.'): value
-            for key, value in weights.items()
-            if key.startswith('backbone.')
-        }
+        backbone = backbone_state_dict(weights, 'backbone.')
         check_fit(backbone, self.state_dict(), "the authors' file")
         state_dict.clear()
         state_dict.update(weights)

@@ -38,13 +38,10 @@ def conv_ffn(
     Returns:
         ``(N, H, W, C')``.
     """
-    if _is_half(x, dwconv[0]):
+    if _is_half(x, dwconv[0]) or _rows_of_a_piece(x, *fc1) >= x.shape[1]:
         hidden = F.gelu(F.linear(x, *fc1))
         return F.linear(convolve_and_add(hidden, *dwconv), *fc2)
-    parameters = (*fc1, _add_identity(dwconv[0]), dwconv[1], *fc2)
-    if _rows_of_a_piece(x, *parameters) >= x.shape[1]:
-        return _whole(x, *parameters)
-    return _ByRows.apply(x, *parameters)
+    return _ByRows.apply(x, *fc1, _add_identity(dwconv[0]), dwconv[1], *fc2)
 
 
 def convolve_and_add(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
@@ -88,13 +85,6 @@ def _convolve(hidden: Tensor, kernel: Tensor, bias: Tensor, pad_rows: int) -> Te
     hidden = hidden.permute(0, 3, 1, 2)
     convolved = F.conv2d(hidden, kernel, bias, padding=(pad_rows, 1), groups=kernel.shape[0])
     return convolved.permute(0, 2, 3, 1)
-
-
-def _whole(
-    x: Tensor, w1: Tensor, b1: Tensor, kernel: Tensor, bias: Tensor, w2: Tensor, b2: Tensor
-) -> Tensor:
-    hidden = F.gelu(F.linear(x, w1, b1))
-    return F.linear(_convolve(hidden, kernel, bias, pad_rows=1), w2, b2)
 
 
 class _ByRows(torch.autograd.Function):
