@@ -9,27 +9,59 @@ they become one multiplication and addition.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .ops.cpu_cache import rows_in_cache
+from .ops.torch_backend import in_one_graph
 from .registry import HOOKS
 
 
-class ChannelAffine(nn.Module):
-    """What a batch norm with fixed statistics does: a factor and a shift for each channel."""
+class GELUAndAffine(nn.Module):
+    """GELU, and what a batch norm with fixed statistics does: a factor and a shift a channel.
+
+    Without gradients it writes into its input, some pixels at a time: new memory, and another
+    way through it, cost more than the computation.
+    """
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
         scale, shift = scale_and_shift(norm)
-        self.register_buffer('scale', scale[:, None, None])
-        self.register_buffer('shift', shift[:, None, None])
+        self.register_buffer('scale', scale)
+        self.register_buffer('shift', shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        return torch.addcmul(self.shift, x, self.scale)
+        pixels = x.permute(0, 2, 3, 1)
+        wants_gradient = torch.is_grad_enabled() and x.requires_grad
+        can_write = pixels.is_contiguous() and x.dtype == self.scale.dtype and not in_one_graph()
+        if wants_gradient or not can_write:
+            pixels = torch.addcmul(self.shift, F.gelu(pixels), self.scale)
+            return pixels.permute(0, 3, 1, 2)
+        pixels = pixels.flatten(0, 2)
+        if x.device.type == 'cpu':
+            parts = pixels.split(rows_in_cache(x.shape[1] * x.element_size()))
+        else:
+            parts = [pixels]
+        for part in parts:
+            torch.ops.aten.gelu_(part)
+            torch.addcmul(self.shift, part, self.scale, out=part)
+        return x
+
+
+def fuse_activations_and_norms(layers: nn.Sequential) -> nn.Sequential:
+    """The same with one layer for each GELU and the batch norm behind it."""
+    fused = []
+    for layer in layers:
+        if isinstance(layer, _BatchNorm):
+            fused[-1] = GELUAndAffine(layer)
+        else:
+            fused.append(layer)
+    return nn.Sequential(*fused)
 
 
 def scale_and_shift(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

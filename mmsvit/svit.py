@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import deploy
 from .checkpoint import backbone_state_dict, check_fit, load_pretrained, model_state_dict
-from .ops.conv_ffn import conv_ffn, convolve_and_add
+from .ops.conv_ffn import add, conv_ffn, convolve_and_add
 from .registry import MODELS
 from .super_token_attention import ATTENTIONS
 
@@ -215,15 +215,17 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N, H, W, C)."""
+    def forward(self, x: Tensor, residual: bool = False) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C), with ``residual`` added to ``x``, maybe into its memory."""
         layers = (self.fc1, self.dwconv, self.fc2)
         if all(_is_plain(layer) for layer in layers) and not (self.training and self.drop.p):
-            return conv_ffn(x, *((layer.weight, layer.bias) for layer in layers))
-        x = self.drop(self.act(self.fc1(x)))
+            weights = ((layer.weight, layer.bias) for layer in layers)
+            return conv_ffn(x, *weights, residual=residual)
+        hidden = self.drop(self.act(self.fc1(x)))
         if self.dwconv is not None:
-            x = x + _channels_last(self.dwconv, x)
-        return self.drop(self.fc2(x))
+            hidden = hidden + _channels_last(self.dwconv, hidden)
+        output = self.drop(self.fc2(hidden))
+        return x + output if residual else output
 
 
 class SuperTokenBlock(nn.Module):
@@ -260,7 +262,7 @@ class SuperTokenBlock(nn.Module):
         self.norm2 = _build_norm(norm_cfg, embed_dims)
         self.ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate, conv_ffn)
         self.drop_path = DropPath(drop_path_rate)
-        self.in_place = False
+        self.deployed = False
         self.gamma_1 = self.gamma_2 = None
         if layer_scale is not None:
             self.gamma_1 = nn.Parameter(torch.full((embed_dims,), float(layer_scale)))
@@ -269,11 +271,11 @@ class SuperTokenBlock(nn.Module):
     def _add_branch(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
         branch = self.drop_path(branch if gamma is None else gamma * branch)
         # Into memory that is there: new memory costs more than the sum.
-        return branch.add_(x) if self.in_place and branch.dtype == x.dtype else x + branch
+        return add(branch, x, in_place=self.deployed)
 
     def fold_into_linear(self) -> None:
         """Fold the batch norm and layer scale into linear layers, for good."""
-        self.in_place = True
+        self.deployed = True
         deploy.fold_norm_into_linear(self.norm2, self.ffn.fc1)
         self.norm2 = nn.Identity()
         if self.gamma_1 is not None:
@@ -288,6 +290,8 @@ class SuperTokenBlock(nn.Module):
         elif self.pos_embed is not None:
             x = x + _channels_last(self.pos_embed, x)
         x = self._add_branch(x, self.attn(self.norm1(x)), self.gamma_1)
+        if self.deployed:
+            return self.ffn(x, residual=True)
         return self._add_branch(x, self.ffn(_channels_last(self.norm2, x)), self.gamma_2)
 
 
@@ -592,9 +596,7 @@ class SViT(BaseModule):
         """
         if self.deployed:
             return
-        for name, layer in self.stem.named_children():
-            if isinstance(layer, _BatchNorm):
-                setattr(self.stem, name, deploy.ChannelAffine(layer))
+        self.stem = deploy.fuse_activations_and_norms(self.stem)
         for stage in self.stages:
             for block in stage.blocks:
                 block.fold_into_linear()

@@ -73,9 +73,26 @@ def test_a_layout_that_is_not_contiguous(rows):
 
 
 def test_large_maps_go_by_rows_and_small_ones_do_not():
-    parameters = [torch.empty(256, 64), torch.empty(0)]
-    assert conv_ffn._rows_of_a_piece(torch.empty(1, 200, 336, 64), *parameters) < 20
-    assert conv_ffn._rows_of_a_piece(torch.empty(1, 14, 14, 64), *parameters) >= 14
+    weight = torch.empty(256, 64)
+    assert conv_ffn._rows_of_a_piece(torch.empty(1, 400, 672, 64), weight) < 100
+    assert conv_ffn._rows_of_a_piece(torch.empty(1, 14, 14, 64), weight) >= 14
+
+
+@pytest.mark.parametrize('shape', [(2, 14, 5, 6), (1, 15, 1, 6), (1, 1, 9, 6)])
+def test_residual(rows, shape):
+    """A tensor that takes part in a gradient is left alone; one that does not becomes the sum."""
+    x, w1, b1, kernel, bias, w2, b2 = inputs(*shape)
+    w2, b2 = torch.cat([w2, w2[:1]]), torch.cat([b2, b2[:1]])
+    expected = (x + layer_by_layer(x, w1, b1, kernel, bias, w2, b2)).detach()
+    before = x.detach().clone()
+    weights = (w1, b1), (kernel, bias), (w2, b2)
+    found = conv_ffn.conv_ffn(x, *weights, residual=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+    with torch.no_grad():
+        found = conv_ffn.conv_ffn(x, *weights, residual=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found.data_ptr() == x.data_ptr()
 
 
 def test_a_layer_put_in_the_place_of_ours_is_used():

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .torch_backend import under_autocast
+from .cpu_cache import rows_in_cache
+from .torch_backend import in_one_graph, under_autocast
 
-# What one piece of the hidden map may have: about a core's cache, or more where the weights,
-# which every piece reads again, are larger than that.
-PIECE_BYTES = 2**21
+# A piece of the hidden map may be larger than the cache where the weights, which every piece reads
+# again, are large.
 PIECE_PER_WEIGHT = 4
 
 
@@ -26,6 +26,7 @@ def conv_ffn(
     fc1: tuple[Tensor, Tensor],
     dwconv: tuple[Tensor, Tensor],
     fc2: tuple[Tensor, Tensor],
+    residual: bool = False,
 ) -> Tensor:
     """Linear, GELU, ``h + dwconv(h)`` with a depthwise 3x3 convolution, linear (paper, Sec. 3.3).
 
@@ -34,14 +35,33 @@ def conv_ffn(
         fc1: Weight ``(D, C)`` and bias ``(D,)``.
         dwconv: Weight ``(D, 1, 3, 3)`` and bias ``(D,)``.
         fc2: Weight ``(C', D)`` and bias ``(C',)``.
+        residual: Whether to add ``x``, or to add to it where no gradient is wanted.
 
     Returns:
-        ``(N, H, W, C')``.
+        ``(N, H, W, C')``, with ``residual`` possibly ``x`` itself.
     """
-    if _is_half(x, dwconv[0]) or _rows_of_a_piece(x, *fc1) >= x.shape[1]:
+    tensors = (x, *fc1, *dwconv, *fc2)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    by_rows = x.device.type == 'cpu' and not in_one_graph() and not _is_half(x, dwconv[0])
+    if wants_gradient:
+        by_rows = by_rows and _rows_of_a_piece(x, fc1[0]) < x.shape[1]
+    if not by_rows:
         hidden = F.gelu(F.linear(x, *fc1))
-        return F.linear(convolve_and_add(hidden, *dwconv), *fc2)
-    return _ByRows.apply(x, *fc1, _add_identity(dwconv[0]), dwconv[1], *fc2)
+        output = F.linear(convolve_and_add(hidden, *dwconv), *fc2)
+        return add(output, x, in_place=not wants_gradient) if residual else output
+    parameters = (*fc1, _add_identity(dwconv[0]), dwconv[1], *fc2)
+    if wants_gradient:
+        output = _ByRows.apply(x, *parameters)
+        return x + output if residual else output
+    x = x.contiguous()
+    output = x if residual else x.new_empty(*x.shape[:3], fc2[0].shape[0])
+    _infer_by_rows(x, output, *parameters)
+    return output
+
+
+def add(branch: Tensor, x: Tensor, in_place: bool) -> Tensor:
+    """``x + branch``, into the memory of ``branch`` where that is allowed and has the dtype."""
+    return branch.add_(x) if in_place and branch.dtype == x.dtype else x + branch
 
 
 def convolve_and_add(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
@@ -71,14 +91,10 @@ def _add_identity(kernel: Tensor) -> Tensor:
     return kernel + F.pad(kernel.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
 
 
-def _rows_of_a_piece(x: Tensor, w1: Tensor, *rest: Tensor) -> int:
-    """How many rows to work on at a time; all of them where there is nothing to gain."""
-    in_one_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if x.device.type != 'cpu' or in_one_graph:
-        return x.shape[1]
+def _rows_of_a_piece(x: Tensor, w1: Tensor) -> int:
+    """How many rows to work on at a time; two at least, for there are rows between pieces."""
     row_bytes = x.shape[2] * w1.shape[0] * x.element_size()
-    budget = max(PIECE_BYTES, PIECE_PER_WEIGHT * w1.numel() * w1.element_size())
-    return max(2, budget // row_bytes)
+    return max(2, rows_in_cache(row_bytes, PIECE_PER_WEIGHT * w1.numel() * w1.element_size()))
 
 
 def _convolve(hidden: Tensor, kernel: Tensor, bias: Tensor, pad_rows: int) -> Tensor:
@@ -92,17 +108,15 @@ class _ByRows(torch.autograd.Function):
     def forward(ctx, x, *parameters):
         x = x.contiguous()
         ctx.save_for_backward(x, *parameters)
-        rows = _rows_of_a_piece(x, *parameters)
         output = x.new_empty(*x.shape[:3], parameters[-1].shape[0])
-        for image, out in zip(x, output):
-            _forward_by_rows(image, out, rows, *parameters)
+        _infer_by_rows(x, output, *parameters)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, *parameters = ctx.saved_tensors
-        rows = _rows_of_a_piece(x, *parameters)
+        rows = _rows_of_a_piece(x, parameters[0])
         height = x.shape[1]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         totals = [torch.zeros_like(tensor) for tensor in (x, *parameters)]
@@ -144,10 +158,9 @@ def _part(
     return F.linear(_convolve(hidden, kernel, bias, pad_rows=0), w2, b2)
 
 
-def _forward_by_rows(
+def _infer_by_rows(
     x: Tensor,
     output: Tensor,
-    rows: int,
     w1: Tensor,
     b1: Tensor,
     kernel: Tensor,
@@ -155,26 +168,33 @@ def _forward_by_rows(
     w2: Tensor,
     b2: Tensor,
 ) -> None:
-    """Write the result for one image ``(H, W, C)`` into ``output``, ``rows`` at a time."""
-    height, width, _ = x.shape
-    x, output = x.flatten(0, 1), output.flatten(0, 1)
+    """Write the result for ``x`` of (N, H, W, C) into ``output``, or add it if that is ``x``."""
+    height, width = x.shape[1:3]
+    rows = min(_rows_of_a_piece(x, w1), height)
     # A row above those that are worked on and one below.
-    hidden = x.new_zeros(1, rows + 2, width, w1.shape[0])
+    hidden = x.new_empty(1, rows + 2, width, w1.shape[0])
     flat = hidden[0].flatten(0, 1)
-    for first in range(0, height, rows):
-        last = min(first + rows, height)
-        known = 1  # The row above the image is zero.
-        if first > 0:
-            hidden[:, :2] = hidden[:, rows:]
-            known = 2
-        start, stop = first - 1 + known, min(last + 1, height)
-        new = flat[known * width : (known + stop - start) * width]
-        if stop > start:
-            torch.addmm(b1, x[start * width : stop * width], w1.t(), out=new)
-            torch.ops.aten.gelu_(new)
-        end = last - first + 2
-        if last == height:
-            hidden[:, end - 1] = 0
-        convolved = _convolve(hidden[:, :end], kernel, bias, pad_rows=0)
-        into = output[first * width : last * width]
-        torch.addmm(b2, convolved.flatten(0, 2), w2.t(), out=into)
+    for image, out in zip(x.flatten(1, 2), output.flatten(1, 2)):
+        hidden[:, 0] = 0  # The row above the image.
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            known = 1
+            if first > 0:
+                hidden[:, :2] = hidden[:, rows:]
+                known = 2
+            start, stop = first - 1 + known, min(last + 1, height)
+            new = flat[known * width : (known + stop - start) * width]
+            if stop > start:
+                torch.addmm(b1, image[start * width : stop * width], w1.t(), out=new)
+                torch.ops.aten.gelu_(new)
+            end = last - first + 2
+            if last == height:
+                hidden[:, end - 1] = 0
+            convolved = _convolve(hidden[:, :end], kernel, bias, pad_rows=0).flatten(0, 2)
+            # What is in these rows of the image is not needed any more.
+            into = out[first * width : last * width]
+            if output is x:
+                into.add_(b2)
+                torch.addmm(into, convolved, w2.t(), out=into)
+            else:
+                torch.addmm(b2, convolved, w2.t(), out=into)

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import torch_backend
+from . import cpu_backend, torch_backend
 from .backend import choose_backend
 
 
 def _backend_for(x: Tensor, backend: str) -> ModuleType:
     name, _ = choose_backend(x.device, x.dtype, backend)
     if name == 'torch':
-        return torch_backend
+        return cpu_backend if x.device.type == 'cpu' else torch_backend
     from . import triton_backend  # Triton is not everywhere.
 
     return triton_backend

@@ -33,13 +33,18 @@ def under_autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     if under_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
-def _split_into_cells(tokens: Tensor, cell_size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def in_one_graph() -> bool:
+    """Whether operations are recorded for inputs of other sizes, not only computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def split_into_cells(tokens: Tensor, cell_size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(N, H, W, C) -> (N, Gh, Gw, h*w, C) in ``dtype``, zero-padded."""
     n, height, width, channels = tokens.shape
     h, w = cell_size
@@ -94,8 +99,8 @@ def sample(
     tokens: Tensor, cell_size: Sequence[int], num_iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmsvit.ops.custom_ops.sample`."""
-    with _without_autocast(tokens.device):
-        cells = _split_into_cells(
+    with without_autocast(tokens.device):
+        cells = split_into_cells(
             tokens, cell_size, torch.promote_types(tokens.dtype, torch.float32)
         )
         constant = cells.detach()
@@ -112,8 +117,8 @@ def aggregate(
     association: Tensor, tokens: Tensor, mass: Tensor | None, cell_size: Sequence[int]
 ) -> Tensor:
     """See :func:`mmsvit.ops.custom_ops.aggregate`."""
-    with _without_autocast(tokens.device):
-        cells = _split_into_cells(tokens, cell_size, association.dtype)
+    with without_autocast(tokens.device):
+        cells = split_into_cells(tokens, cell_size, association.dtype)
         sums = _scatter_neighbours(association @ cells)
         return (sums if mass is None else sums / (mass + EPS)).to(tokens.dtype)
 
@@ -127,7 +132,7 @@ def distribute(
 ) -> Tensor:
     """See :func:`mmsvit.ops.custom_ops.distribute`."""
     dtype = super_tokens.dtype
-    with _without_autocast(super_tokens.device):
+    with without_autocast(super_tokens.device):
         super_tokens = super_tokens.to(association.dtype)
         if mass is not None:
             super_tokens = super_tokens / (mass + EPS)

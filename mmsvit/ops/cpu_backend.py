@@ -1,0 +1,136 @@
+"""Super token sampling on a CPU: some rows of cells at a time, for all between to stay in its cache.
+
+It computes what :mod:`.torch_backend` does, into memory that is there, and therefore without
+PyTorch's own gradients: those are in :mod:`.custom_ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cpu_cache import rows_in_cache
+from .torch_backend import EPS, NEIGHBOURS, split_into_cells, without_autocast
+
+
+def _pieces(
+    tokens_shape: Sequence[int], cell_size: Sequence[int], itemsize: int
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of the grid to work on together, the same with a row on each side, rows of tokens.
+
+    The second is for maps with a border of one.
+    """
+    n, height, width, channels = tokens_shape
+    h, w = cell_size
+    grid_h, grid_w = (height + h - 1) // h, (width + w - 1) // w
+    # Of each cell there are its tokens, and its nine neighbours or what these get.
+    step = rows_in_cache(n * grid_w * (h * w + 9) * channels * itemsize)
+    for first in range(0, grid_h, step):
+        last = min(first + step, grid_h)
+        yield slice(first, last), slice(first, last + 2), slice(first * h, min(last * h, height))
+
+
+def _pad_grid(super_tokens: Tensor) -> Tensor:
+    """(N, Gh, Gw, C) -> (N, Gh + 2, Gw + 2, C): with the zero vectors outside the grid."""
+    return F.pad(super_tokens, (0, 0, 1, 1, 1, 1))
+
+
+def _gather_neighbours(padded: Tensor) -> Tensor:
+    """(N, Gh + 2, Gw + 2, C) -> (N, Gh, Gw, 9, C)."""
+    windows = padded.unfold(2, 3, 1).unfold(1, 3, 1)
+    return windows.permute(0, 1, 2, 5, 4, 3).flatten(3, 4)
+
+
+def _scatter_neighbours(parts: Tensor, padded: Tensor) -> None:
+    """Add (N, Gh, Gw, 9, C) to (N, Gh + 2, Gw + 2, C): the adjoint."""
+    _, grid_h, grid_w, _, _ = parts.shape
+    for (i, j), part in zip(NEIGHBOURS, parts.unbind(dim=3)):
+        padded[:, 1 + i : 1 + i + grid_h, 1 + j : 1 + j + grid_w] += part
+
+
+def _join_cells(cells: Tensor, cell_size: Sequence[int], tokens: Tensor) -> None:
+    """Write (N, Gh, Gw, h*w, C) into (N, H, W, C), without the padding."""
+    n, grid_h, grid_w, _, channels = cells.shape
+    h, w = cell_size
+    cells = cells.reshape(n, grid_h, grid_w, h, w, channels).transpose(2, 3)
+    if tokens.shape[1:3] == (grid_h * h, grid_w * w):
+        tokens.unflatten(2, (grid_w, w)).unflatten(1, (grid_h, h)).copy_(cells)
+    else:
+        cells = cells.reshape(n, grid_h * h, grid_w * w, channels)
+        tokens.copy_(cells[:, : tokens.shape[1], : tokens.shape[2]])
+
+
+def _means(tokens: Tensor, cell_size: Sequence[int]) -> Tensor:
+    """(N, H, W, C) -> (N, Gh, Gw, C), counting the padding."""
+    means = F.avg_pool2d(
+        tokens.permute(0, 3, 1, 2),
+        list(cell_size),
+        ceil_mode=True,
+        divisor_override=cell_size[0] * cell_size[1],
+    )
+    return means.permute(0, 2, 3, 1)
+
+
+def sample(
+    tokens: Tensor, cell_size: Sequence[int], num_iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`mmsvit.ops.custom_ops.sample`."""
+    with without_autocast(tokens.device):
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        pieces = list(_pieces(tokens.shape, cell_size, dtype.itemsize))
+        super_tokens = _means(tokens.to(dtype), cell_size)
+        for _ in range(num_iters):
+            padded = _pad_grid(super_tokens * tokens.shape[3] ** -0.5)
+            sums, masses = torch.zeros_like(padded), torch.zeros_like(padded[..., :1])
+            association = []
+            for _, halo, rows in pieces:
+                cells = split_into_cells(tokens[:, rows], cell_size, dtype)
+                part = _gather_neighbours(padded[:, halo]) @ cells.transpose(-1, -2)
+                part = part.softmax(dim=3)
+                _scatter_neighbours(part @ cells, sums[:, halo])
+                _scatter_neighbours(part.sum(dim=4, keepdim=True), masses[:, halo])
+                association.append(part)
+            mass = masses[:, 1:-1, 1:-1].contiguous()
+            super_tokens = sums[:, 1:-1, 1:-1] / (mass + EPS)
+        return super_tokens.to(tokens.dtype), torch.cat(association, dim=1), mass
+
+
+def aggregate(
+    association: Tensor, tokens: Tensor, mass: Tensor | None, cell_size: Sequence[int]
+) -> Tensor:
+    """See :func:`mmsvit.ops.custom_ops.aggregate`."""
+    dtype = association.dtype
+    n, grid_h, grid_w = association.shape[:3]
+    with without_autocast(tokens.device):
+        sums = association.new_zeros(n, grid_h + 2, grid_w + 2, tokens.shape[3])
+        for grid_rows, halo, rows in _pieces(tokens.shape, cell_size, dtype.itemsize):
+            cells = split_into_cells(tokens[:, rows], cell_size, dtype)
+            _scatter_neighbours(association[:, grid_rows] @ cells, sums[:, halo])
+        sums = sums[:, 1:-1, 1:-1]
+        sums = sums.clone() if mass is None else sums / (mass + EPS)
+        return sums.to(tokens.dtype)
+
+
+def distribute(
+    association: Tensor,
+    super_tokens: Tensor,
+    mass: Tensor | None,
+    cell_size: Sequence[int],
+    token_shape: Sequence[int],
+) -> Tensor:
+    """See :func:`mmsvit.ops.custom_ops.distribute`."""
+    dtype = association.dtype
+    with without_autocast(super_tokens.device):
+        tokens = super_tokens.new_empty(super_tokens.shape[0], *token_shape, super_tokens.shape[3])
+        super_tokens = super_tokens.to(dtype)
+        if mass is not None:
+            super_tokens = super_tokens / (mass + EPS)
+        padded = _pad_grid(super_tokens)
+        for grid_rows, halo, rows in _pieces(tokens.shape, cell_size, dtype.itemsize):
+            neighbours = _gather_neighbours(padded[:, halo])
+            cells = association[:, grid_rows].transpose(-1, -2) @ neighbours
+            _join_cells(cells, cell_size, tokens[:, rows])
+        return tokens
