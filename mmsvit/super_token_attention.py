@@ -39,7 +39,10 @@ class GlobalAttention(nn.Module):
         n, height, width, channels = x.shape
         # The published projection groups its output per head: [head 0: q k v | head 1: q k v | ...].
         qkv = self.qkv(x).reshape(n, height * width, self.num_heads, 3, channels // self.num_heads)
-        query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
+        qkv = qkv.permute(3, 0, 2, 1, 4)
+        if x.device.type == 'cpu':
+            qkv = qkv.contiguous()  # Rows far apart cost the CPU's kernel more than the copy.
+        query, key, value = qkv.unbind(0)
         x = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.attn_drop if self.training else 0.0
         )

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import deploy
 from .checkpoint import backbone_state_dict, check_fit, load_pretrained, model_state_dict
+from .ops.channels_first import channels_first
 from .ops.conv_ffn import add, conv_ffn, convolve_and_add
 from .registry import MODELS
 from .super_token_attention import ATTENTIONS
@@ -699,4 +700,4 @@ class SViT(BaseModule):
         if str(stage) in self.out_norms:
             norm = self.out_norms[str(stage)]
             x = norm(x) if isinstance(norm, nn.LayerNorm) else _channels_last(norm, x)
-        return x.permute(0, 3, 1, 2).contiguous()
+        return channels_first(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmsvit.ops import custom_ops, distribute, sample
+from mmsvit.ops import cpu_backend, cpu_cache, custom_ops, distribute, sample, torch_backend
 from mmsvit.super_token_attention import SuperTokenAttention
 from mmsvit.visualization import hard_assignment
 
@@ -238,3 +238,30 @@ def test_wrong_arguments_are_named():
             distribute(association, supers, *arguments)
     with pytest.raises(ValueError, match='as many super tokens'):
         distribute(association, supers[:, :1], (4, 4), (8, 8))
+
+
+@pytest.mark.parametrize('rows_of_cells', [1, 2])
+@pytest.mark.parametrize('shape, cell', [((2, 23, 11, 6), (3, 2)), ((1, 12, 8, 5), (4, 4))])
+def test_piece_by_piece_is_as_at_once(rows_of_cells, shape, cell, monkeypatch):
+    """On the CPU a map is worked on some rows of cells at a time."""
+    tokens = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    n, height, width, channels = shape
+    row_bytes = n * -(-width // cell[1]) * (cell[0] * cell[1] + 9) * channels * 8
+    size = rows_of_cells * row_bytes // torch.get_num_threads() + 1
+    monkeypatch.setattr(cpu_cache, 'PIECE_BYTES', size)
+    supers, association, mass = torch_backend.sample(tokens, cell, 2)
+    for found, expected in zip(cpu_backend.sample(tokens, cell, 2), (supers, association, mass)):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for divisor in (None, mass):
+        torch.testing.assert_close(
+            cpu_backend.aggregate(association, tokens, divisor, cell),
+            torch_backend.aggregate(association, tokens, divisor, cell),
+            rtol=1e-12,
+            atol=1e-12,
+        )
+        torch.testing.assert_close(
+            cpu_backend.distribute(association, supers, divisor, cell, (height, width)),
+            torch_backend.distribute(association, supers, divisor, cell, (height, width)),
+            rtol=1e-12,
+            atol=1e-12,
+        )

@@ -10,6 +10,8 @@ from conftest import small_arch
 from torch import nn
 
 from mmsvit import SViT
+from mmsvit.ops import cpu_cache
+from mmsvit.ops.channels_first import channels_first
 from mmsvit.svit import ARCHS
 
 STRIDES = (4, 8, 16, 32)
@@ -326,3 +328,12 @@ def test_shapes_without_computing():
     with torch.device('meta'):
         outputs = make()(torch.empty(1, 3, 61, 90))
     assert [output.shape[2:] for output in outputs] == [(16, 23), (8, 12), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_outputs_are_turned_piece_by_piece(dtype, monkeypatch):
+    monkeypatch.setattr(cpu_cache, 'PIECE_BYTES', 8 * 3 * 4 * 16)
+    x = torch.randn(2, 7, 11, 3).to(dtype)
+    found = channels_first(x)
+    assert found.is_contiguous()
+    assert torch.equal(found, x.permute(0, 3, 1, 2))

@@ -185,8 +185,8 @@ def _infer_by_rows(
             start, stop = first - 1 + known, min(last + 1, height)
             new = flat[known * width : (known + stop - start) * width]
             if stop > start:
-                torch.addmm(b1, image[start * width : stop * width], w1.t(), out=new)
-                torch.ops.aten.gelu_(new)
+                torch.mm(image[start * width : stop * width], w1.t(), out=new)
+                torch.ops.aten.gelu_(new.add_(b1))
             end = last - first + 2
             if last == height:
                 hidden[:, end - 1] = 0
@@ -194,7 +194,7 @@ def _infer_by_rows(
             # What is in these rows of the image is not needed any more.
             into = out[first * width : last * width]
             if output is x:
-                into.add_(b2)
                 torch.addmm(into, convolved, w2.t(), out=into)
             else:
-                torch.addmm(b2, convolved, w2.t(), out=into)
+                torch.mm(convolved, w2.t(), out=into)
+            into.add_(b2)
