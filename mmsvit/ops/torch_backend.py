@@ -44,14 +44,21 @@ def in_one_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def _pad(tokens: Tensor, bottom: int, right: int) -> Tensor:
+    """Add rows and columns of zeros to (N, H, W, C), or crop as many if they are negative."""
+    if not in_one_graph() and bottom == right == 0:
+        return tokens
+    # A slice would not do for cropping: exporters lose track of the size of one whose end may or
+    # may not be beyond the map's.
+    return F.pad(tokens, (0, 0, 0, right, 0, bottom))
+
+
 def split_into_cells(tokens: Tensor, cell_size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(N, H, W, C) -> (N, Gh, Gw, h*w, C) in ``dtype``, zero-padded."""
     n, height, width, channels = tokens.shape
     h, w = cell_size
     grid_h, grid_w = (height + h - 1) // h, (width + w - 1) // w
-    pad_bottom, pad_right = grid_h * h - height, grid_w * w - width
-    if pad_bottom or pad_right:
-        tokens = F.pad(tokens, (0, 0, 0, pad_right, 0, pad_bottom))
+    tokens = _pad(tokens, grid_h * h - height, grid_w * w - width)
     cells = tokens.reshape(n, grid_h, h, grid_w, w, channels).transpose(2, 3)
     # Naming the memory format makes one copy of the change of dtype and of layout.
     cells = cells.to(dtype, memory_format=torch.contiguous_format)
@@ -67,24 +74,32 @@ def _join_cells(
     tokens = cells.reshape(n, grid_h, grid_w, h, w, channels).transpose(2, 3)
     tokens = tokens.to(dtype, memory_format=torch.contiguous_format)
     tokens = tokens.reshape(n, grid_h * h, grid_w * w, channels)
-    return tokens[:, : token_shape[0], : token_shape[1]].contiguous()
+    return _pad(tokens, token_shape[0] - grid_h * h, token_shape[1] - grid_w * w)
+
+
+def _moved(padded: Tensor, by: int, dim: int) -> Tensor:
+    """What is ``by`` steps away from each place, of a map with a border of one in ``dim``."""
+    return padded[(slice(None),) * dim + (slice(1 + by, by - 1 or None),)]
 
 
 def _gather_neighbours(super_tokens: Tensor) -> Tensor:
     """(N, Gh, Gw, C) -> (N, Gh, Gw, 9, C); zeros outside the grid."""
-    _, grid_h, grid_w, _ = super_tokens.shape
     padded = F.pad(super_tokens, (0, 0, 1, 1, 1, 1))
-    return torch.stack(
-        [padded[:, 1 + i : 1 + i + grid_h, 1 + j : 1 + j + grid_w] for i, j in NEIGHBOURS], dim=3
-    )
+    rows = [_moved(padded, i, dim=1) for i in (-1, 0, 1)]
+    return torch.stack([_moved(row, j, dim=2) for row in rows for j in (-1, 0, 1)], dim=3)
 
 
 def _scatter_neighbours(parts: Tensor) -> Tensor:
     """(N, Gh, Gw, 9, C) -> (N, Gh, Gw, C): the adjoint; what leaves the grid is dropped."""
+    if in_one_graph():  # Exporters make a scatter of every write in place.
+        # First the columns, then the rows: six pieces, not nine.
+        padded = F.pad(parts.unflatten(3, (3, 3)), (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
+        padded = sum(_moved(padded, -j, dim=2)[..., j + 1, :] for j in (-1, 0, 1))
+        return sum(_moved(padded, -i, dim=1)[..., i + 1, :] for i in (-1, 0, 1))
     n, grid_h, grid_w, _, channels = parts.shape
     total = parts.new_zeros(n, grid_h + 2, grid_w + 2, channels)
     for (i, j), part in zip(NEIGHBOURS, parts.unbind(dim=3)):
-        total[:, 1 + i : 1 + i + grid_h, 1 + j : 1 + j + grid_w] += part
+        _moved(_moved(total, i, dim=1), j, dim=2).add_(part)
     return total[:, 1:-1, 1:-1].contiguous()
 
 
