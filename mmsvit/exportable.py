@@ -21,6 +21,16 @@ from .checkpoint import load_pretrained, model_state_dict, read_checkpoint
 
 PARTS = ('model', 'neck', 'backbone')
 
+# What each way of running a model needs of it; a file would carry the rest's weights.
+_USED = {
+    '_backbone': ('backbone',),
+    '_neck': ('backbone', 'neck'),
+    '_segmentor': ('backbone', 'neck', 'decode_head'),
+    '_classifier': ('backbone', 'neck', 'head'),
+    '_dense_head': ('backbone', 'neck', 'bbox_head'),
+    '_proposals': ('backbone', 'neck', 'rpn_head'),
+}
+
 
 class AdaptivePooling(nn.Module):
     """``nn.AdaptiveAvgPool2d`` as two matrix products, for maps whose size is not known yet."""
@@ -57,7 +67,7 @@ class Exportable(nn.Module):
     """A model or a part of it, from images to a dict of tensors.
 
     Args:
-        model: An mm* model in evaluation mode.
+        model: An mm* model in evaluation mode; what the part does not need is taken off it.
         part: ``'backbone'``, ``'neck'`` (backbone and neck) or ``'model'``.
         normalize: Whether to begin with what the model's data preprocessor does to pixels.
 
@@ -71,6 +81,9 @@ class Exportable(nn.Module):
         self.model, self.part = model, part
         self.run = {'backbone': self._backbone, 'neck': self._neck}.get(part) or self._whole()
         preprocessor = model.data_preprocessor
+        for name, _ in list(model.named_children()):
+            if name not in (*_USED[self.run.__name__], 'data_preprocessor'):
+                delattr(model, name)
         self.normalize = normalize and getattr(preprocessor, '_enable_normalize', False)
         if self.normalize:
             self.register_buffer('mean', preprocessor.mean.reshape(-1, 1, 1))

@@ -97,14 +97,14 @@ def batch_shape(text: str) -> tuple[int, int, int]:
 
 
 def table_of(checks: list[Check]) -> Table:
-    """A row for each size of images, a column for each output."""
-    outputs = list(dict.fromkeys(check.output for check in checks))
-    table = Table('images', title='difference from the model', title_justify='left')
-    for output in outputs:
-        table.add_column(output, justify='right')
-    for shape in dict.fromkeys(check.shape for check in checks):
-        errors = {check.output: check.error for check in checks if check.shape == shape}
-        table.add_row('x'.join(map(str, shape)), *(f'{errors[name]:.1e}' for name in outputs))
+    """A row for each output, a column for each size of images."""
+    shapes = list(dict.fromkeys(check.shape for check in checks))
+    table = Table('output', title='difference from the model', title_justify='left')
+    for shape in shapes:
+        table.add_column('x'.join(map(str, shape)), justify='right')
+    for output in dict.fromkeys(check.output for check in checks):
+        errors = {check.shape: check.error for check in checks if check.output == output}
+        table.add_row(output, *(f'{errors[shape]:.1e}' for shape in shapes))
     return table
 
 
