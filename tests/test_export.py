@@ -46,6 +46,7 @@ def retinanet() -> nn.Module:
     cfg.model.backbone.update(arch=small_arch(), init_cfg=None)
     cfg.model.neck.update(in_channels=[12, 16, 24], out_channels=8)
     cfg.model.bbox_head.update(in_channels=8, feat_channels=8, num_classes=3)
+    cfg.model.test_cfg.score_thr = 0.0  # An untrained head is sure of nothing.
     torch.manual_seed(0)
     return build_exportable(cfg)
 
@@ -79,9 +80,12 @@ def test_detector_heads_give_what_mmdet_makes_boxes_of():
     found = model(images)
     head, metas = model.model.bbox_head, [dict(img_shape=(65, 97), scale_factor=(1.0, 1.0))]
     normalised = (images - model.mean) / model.std
-    stock = head.predict_by_feat(*head(model.model.extract_feat(normalised)), metas)[0]
+    stock = head.predict_by_feat(
+        *head(model.model.extract_feat(normalised)), batch_img_metas=metas
+    )[0]
     levels = [[found[f'{kind}{i}'] for i in range(5)] for kind in ('cls_score', 'bbox_pred')]
-    ours = head.predict_by_feat(*levels, metas)[0]
+    ours = head.predict_by_feat(*levels, batch_img_metas=metas)[0]
+    assert len(stock) and torch.equal(ours.labels, stock.labels)
     torch.testing.assert_close(ours.bboxes, stock.bboxes)
 
 
