@@ -12,16 +12,20 @@ fit exactly. The classifier around the backbone, as the authors published it, is
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 PUBLISHED_NAMES = 'stvit-{small,base,large}-{224,384}.pth'
@@ -47,6 +51,7 @@ _POINTWISE = re.compile(r'.*\.(attn\.attend\.(qkv|proj)|ffn\.fc[12])\.weight$')
 _LAYER_SCALE = re.compile(r'.*\.gamma_[12]$')
 
 _KEYS_SHOWN = 8
+SAFETENSORS = '.safetensors'
 
 
 def _history_buffer_method(owner: type, name: str) -> Any:
@@ -59,7 +64,7 @@ def _history_buffer_method(owner: type, name: str) -> Any:
 def _allowed_globals() -> list:
     """What a checkpoint may hold beside tensors and plain Python data; nothing here runs code."""
     multiarray = (np.core if int(np.__version__.split('.')[0]) < 2 else np._core).multiarray
-    dtypes = [type(np.dtype(name)) for name in ('f8', 'f4', 'i8', 'i4', '?')]
+    dtypes = [type(np.dtype(name)) for name in ('?', *np.typecodes['AllInteger'], *'efd')]
     # numpy 2 renamed the module; files of either generation are read under both.
     functions = [
         (getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
@@ -86,31 +91,60 @@ def allow_runner_checkpoints() -> None:
     torch.serialization.add_safe_globals(_allowed_globals())
 
 
-# On import, which the configs ask for: inferencers read a checkpoint before they build the model.
-allow_runner_checkpoints()
+_trusted = False
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint in torch's weights-only mode.
+def trust_checkpoints() -> None:
+    """Let every checkpoint that this process reads from now on run code.
+
+    This is for files of a source that you trust as you trust its programs, and that cannot be
+    read otherwise. ``--trust-checkpoint`` of the tools is this. There is no way back.
+    """
+    global _trusted
+    _trusted = True
+    print_log(
+        'CHECKPOINTS ARE TRUSTED: whatever program is hidden in a checkpoint that is read from now '
+        'on will run, with all your rights: it can read, change and send away your files and keys. '
+        'Read the weights once and save them as .safetensors (tools/convert_checkpoint.py), '
+        'and you will not need this again.',
+        logger='current',
+        level=logging.WARNING,
+    )
+
+
+def read_checkpoint(
+    path: str | Path, map_location: str | torch.device | None = 'cpu'
+) -> dict[str, Any]:
+    """Read a checkpoint without running code from it.
+
+    Files of torch are read in its weights-only mode, those that end in ``.safetensors`` by the
+    package of that name (``pip install safetensors``); they hold tensors and text alone.
 
     Args:
         path: A file, or a URL that MMEngine's file clients know.
+        map_location: Where a torch file's tensors go, see ``torch.load``; on the CPU by default.
 
     Returns:
-        The checkpoint as saved, tensors on the CPU.
+        The checkpoint as saved; of a safetensors file, ``state_dict`` and ``meta``.
 
     Raises:
         FileNotFoundError: There is no such file.
+        ImportError: It is a safetensors file, and the package is missing.
         ValueError: It is not a whole checkpoint, or needs code to be run to be read.
     """
     path = str(path)
-    if '://' not in path and not Path(path).is_file():
-        raise FileNotFoundError(f'the checkpoint {path!r} does not exist')
+    if '://' not in path:
+        path = str(Path(path).expanduser())
+        if not Path(path).is_file():
+            raise FileNotFoundError(f'the checkpoint {path!r} does not exist')
     try:
-        # Again: torch's context manager, where others use it, takes away what was there before.
-        allow_runner_checkpoints()
         with get_local_path(path) as file:
-            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+            if path.endswith(SAFETENSORS):
+                checkpoint = _read_safetensors(file)
+            else:
+                # Again: torch's context manager, where others use it, takes away what was there.
+                allow_runner_checkpoints()
+                checkpoint = torch.load(file, map_location=map_location, weights_only=not _trusted)
     except PermissionError:
         raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -120,19 +154,89 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if refused:
             raise ValueError(
                 f'{path!r} is refused: to read it, torch would have to run code from it '
-                f'({refused.group(1) or refused.group(0)}). Get it from a source that you trust and '
-                'save its tensors alone.'
+                f'({refused.group(1) or refused.group(0)}). Get it from a source that you trust, as '
+                '.safetensors or with its tensors alone. Only if you would also run any program of '
+                'whoever made the file: --trust-checkpoint, or '
+                'mmsvit.checkpoint.trust_checkpoints() in a program of your own.'
             ) from error
         raise ValueError(
             f'{path!r} is not a whole checkpoint ({type(error).__name__}); a download that broke '
-            'off, or a web page saved under that name? Expected a file written by torch.save.'
+            'off, or a web page saved under that name? Expected a file written by torch.save, or '
+            f'one that ends in {SAFETENSORS}.'
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f'{path!r} holds {type(checkpoint).__name__}, expected a dict with the weights under '
             "'model' or 'state_dict', or the weights themselves"
         )
+    meta = checkpoint.get('meta')
+    if isinstance(meta, dict) and 'config' in meta:
+        # Runner.resume would run this text as Python, to compare numbers of GPUs.
+        del meta['config']
     return checkpoint
+
+
+def _import_safetensors() -> ModuleType:
+    """The package, which is not needed otherwise."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f'{SAFETENSORS} files need the safetensors package: pip install safetensors'
+        ) from error
+    return safetensors
+
+
+def _read_safetensors(file: str | Path) -> dict[str, Any]:
+    safetensors = _import_safetensors()
+    try:
+        weights = safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, framework='pt') as content:
+            meta = json.loads((content.metadata() or {}).get('meta', '{}'))
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return dict(state_dict=weights, meta=meta)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path, meta: dict[str, Any]) -> None:
+    """Write weights alone, in the format that the name of the file asks for.
+
+    Args:
+        weights: By name.
+        path: The file; ``.safetensors`` for that format, anything else for torch's.
+        meta: What else to keep, made of plain Python data that JSON knows.
+
+    Raises:
+        ImportError: A safetensors file is wanted, and the package is missing.
+    """
+    if path.suffix == SAFETENSORS:
+        # Copies, because the format knows no two names of the same memory.
+        tensors = {key: value.contiguous().clone() for key, value in weights.items()}
+        metadata = dict(format='pt', meta=json.dumps(meta))
+        _import_safetensors().torch.save_file(tensors, path, metadata=metadata)
+    else:
+        torch.save(dict(state_dict=dict(weights), meta=meta), path)
+
+
+def load_from_weights_only(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """What MMEngine calls to read a checkpoint: :func:`read_checkpoint`."""
+    return read_checkpoint(filename, map_location)
+
+
+def install() -> None:
+    """Have MMEngine read checkpoints by :func:`read_checkpoint`, in this process.
+
+    By itself the onedl release reads whatever weights-only mode refuses once more without
+    that mode, and so runs the code in it. This is for local files and storage services; URLs
+    are read by torch, whose default is weights-only.
+    """
+    allow_runner_checkpoints()
+    prefixes = ['', r'(\S+\:)?s3://', r'(\S+\:)?petrel://']
+    CheckpointLoader.register_scheme(prefixes, load_from_weights_only, force=True)
+
+
+# On import, which the configs ask for: inferencers read a checkpoint before they build the model.
+install()
 
 
 def _weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:

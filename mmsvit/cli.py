@@ -9,11 +9,23 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 
+from .checkpoint import trust_checkpoints
 from .data_check import check_data
 
 
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-checkpoint``, for :func:`mmsvit.checkpoint.trust_checkpoints`."""
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='DANGEROUS: let the checkpoints that are read run code, with all your rights; only for '
+        'files of people whose programs you would run',
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every mm* tool has."""
+    """Add the options that ``tools/train.py`` and ``tools/test.py`` share."""
+    add_trust_option(parser)
     parser.add_argument('--work-dir', help='folder of logs and checkpoints')
     parser.add_argument(
         '--cfg-options',
@@ -36,7 +48,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     """Read the config of ``args``, apply the options, and check that its data is there.
 
     Also prepares a distributed run without GPUs, for which MMEngine's own start-up and
-    model wrapper insist on CUDA devices.
+    model wrapper insist on CUDA devices. From here on MMEngine reads checkpoints, those that
+    it finds or is told to, by :func:`mmsvit.checkpoint.read_checkpoint`.
 
     Args:
         args: With ``config`` and the options of :func:`add_arguments`.
@@ -46,6 +59,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
         FileNotFoundError: The config or data it names does not exist.
         ValueError: The data does not have the classes of the config.
     """
+    if args.trust_checkpoint:
+        trust_checkpoints()
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)

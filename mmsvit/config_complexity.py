@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from mmengine.config import Config
-from mmengine.fileio import load
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
@@ -112,10 +112,17 @@ def read_metafile(path: str | Path) -> list[MetafileEntry]:
             optional ``Parameters (paper)`` and ``FLOPs (paper)`` (multiply-adds), plain
             numbers, and the ``Metrics`` of ``Results``, which are the paper's if their names
             end in ``(paper)``.
+
+    Raises:
+        ValueError: It imports a file that is not below its own folder: the configs of a
+            metafile are programs, and whoever names one has seen that folder at most.
     """
-    content = load(path)
+    folder = Path(path).resolve().parent
+    content = yaml.safe_load(Path(path).read_text())  # MMEngine's load would run code from it.
     entries = []
     for imported in content.get('Import', []):
+        if folder not in (folder / imported).resolve().parents:
+            raise ValueError(f'{path} imports {imported!r}, which is not below its folder {folder}')
         entries += read_metafile(Path(path).parent / imported)
     for model in content.get('Models', []):
         metadata = model.get('Metadata', {})

@@ -187,7 +187,9 @@ class _SplitInspection:
             # To have paths and classes as the data set sees them, without loading anything.
             dataset = self.registry.build({**part, 'pipeline': [], 'lazy_init': True})
             with self.status(f'reading {dataset.ann_file}'):
-                content = load(dataset.ann_file, backend_args=dataset.backend_args)
+                content = load(
+                    dataset.ann_file, file_format='json', backend_args=dataset.backend_args
+                )
             check_coco_annotations(
                 self.report,
                 self.split,

@@ -17,7 +17,8 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.progress import track
 
 from mmsvit import SViT
-from mmsvit.checkpoint import load_pretrained
+from mmsvit.checkpoint import load_pretrained, trust_checkpoints
+from mmsvit.cli import add_trust_option
 from mmsvit.visualization import super_token_sheet, tessellate
 
 
@@ -34,6 +35,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--out-dir', type=Path, default=Path('super_tokens'))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add_trust_option(parser)
     args = parser.parse_args()
     absent = [str(path) for path in args.images if not path.is_file()]
     if absent:
@@ -47,6 +49,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.trust_checkpoint:
+        trust_checkpoints()
     cfg = Config.fromfile(args.config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
