@@ -12,17 +12,41 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_python
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mmsvit import check_env
 from mmsvit.mmcv_ext import is_stand_in
 
 
-@pytest.fixture(scope='module')
-def setup_env() -> ModuleType:
-    spec = importlib.util.spec_from_file_location('setup_env', ROOT / 'tools' / 'setup_env.py')
+def import_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope='module')
+def setup_env() -> ModuleType:
+    return import_tool('setup_env')
+
+
+@pytest.fixture(scope='module')
+def lock_requirements() -> ModuleType:
+    return import_tool('lock_requirements')
+
+
+def read_constraints(family: str, python: str) -> dict[str, str]:
+    """The pins for a version of Python, by canonical name."""
+    pins: dict[str, str] = {}
+    for line in (ROOT / f'constraints-{family}.txt').read_text().splitlines():
+        if not line.startswith('#'):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate({'python_version': python}):
+                name = canonicalize_name(pin.name)
+                assert name not in pins, f'two pins of {name} for Python {python}'
+                pins[name] = str(pin.specifier)
+    return pins
 
 
 def test_this_environment_is_ready(tmp_path):
@@ -77,6 +101,36 @@ def test_everything_is_pinned(setup_env, family):
     assert all(re.fullmatch(r'[\w.-]+==[\w.]+', pin) for pin in [*pins, mmcv])
     names = {pin.split('==')[0] for pin in [*pins, mmcv]}
     assert set(check_env.FAMILIES[family].values()) <= names
+
+
+@pytest.mark.parametrize('family', ['onedl', 'openmmlab'])
+def test_what_the_requirements_bring_along_is_pinned_to_the_same(
+    setup_env, lock_requirements, family
+):
+    pins = lock_requirements.read_pins(family)
+    newest, oldest = (read_constraints(family, python) for python in ('3.12', '3.10'))
+    for found in (newest, oldest):
+        assert all(re.fullmatch(r'==[\w.]+', version) for version in found.values())
+        for pin in pins:
+            assert found[canonicalize_name(pin.name)] == str(pin.specifier)
+    # What is a newer Python's alone: importlib-metadata's dependency.
+    assert set(newest) - set(oldest) <= {'lazy-importer'} and set(oldest) <= set(newest)
+    if family in check_env.installed_families():
+        python = '.'.join(map(str, sys.version_info[:2]))
+        assert set(lock_requirements.find_all(pins)) <= set(read_constraints(family, python))
+
+
+def test_the_environment_is_made_with_the_constraints(setup_env, tmp_path, monkeypatch):
+    commands = []
+    for name in ('run', 'check_python', 'check_disk', 'install_mmcv'):
+        monkeypatch.setattr(setup_env, name, lambda *args: None)
+    monkeypatch.setattr(setup_env, 'install', lambda python, *args: commands.append(args))
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'python').touch()
+    setup_env.set_up('onedl', tmp_path, dev=True, ops='torchvision')
+    resolving = [command for command in commands if '--no-deps' not in command]
+    assert len(resolving) == 2
+    assert all(command[:2] == ('-c', 'constraints-onedl.txt') for command in resolving)
 
 
 def test_wheels_are_told_apart_by_all_that_matters(setup_env, monkeypatch, tmp_path):

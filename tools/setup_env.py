@@ -24,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = {'onedl': 'requirements.txt', 'openmmlab': 'requirements-openmmlab.txt'}
+# What the requirements bring along, each in one version: tools/lock_requirements.py.
+CONSTRAINTS = {family: f'constraints-{family}.txt' for family in REQUIREMENTS}
 DEV_REQUIREMENTS = 'requirements-dev.txt'
 MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 12)
 # An environment with torch's CUDA libraries is 5.6 GB; pip unpacks beside it.
@@ -309,7 +311,7 @@ def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
         Its Python.
     """
     python = venv / 'bin' / 'python'
-    files = [REQUIREMENTS[family], DEV_REQUIREMENTS, 'setup.py']
+    files = [REQUIREMENTS[family], CONSTRAINTS[family], DEV_REQUIREMENTS, 'setup.py']
     contents = [(ROOT / file).read_text() for file in files]
     wanted = dict(family=family, checkout=str(ROOT), dev=dev, ops=ops)
     wanted['digest'] = hashlib.sha256('\0'.join(contents).encode()).hexdigest()
@@ -334,10 +336,10 @@ def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
         run([sys.executable, '-m', 'venv', str(venv)])
     stamp.write_text(json.dumps(dict(family=family, finished=False)))
     pins, mmcv = read_requirements(family)
-    install(python, *pins)
+    install(python, '-c', CONSTRAINTS[family], *pins)
     install_mmcv(python, mmcv, ops)
     if dev:
-        install(python, '-r', DEV_REQUIREMENTS)
+        install(python, '-c', CONSTRAINTS[family], '-r', DEV_REQUIREMENTS)
     install(python, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
     run([str(python), '-m', 'mmsvit.check_env'])
     stamp.write_text(json.dumps(wanted))
