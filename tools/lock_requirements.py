@@ -51,8 +51,10 @@ def find_all(pins: list[Requirement]) -> dict[str, metadata.Distribution]:
             continue
         try:
             found[name] = metadata.distribution(wanted.name)
-        except metadata.PackageNotFoundError:
-            raise SystemExit(f'{wanted} is not installed; run this in a complete environment')
+        except metadata.PackageNotFoundError as error:
+            raise SystemExit(
+                f'{wanted} is not installed; run this in a complete environment'
+            ) from error
         extras[name] = extras.get(name, set()) | wanted.extras
         for line in found[name].requires or ():
             inner = Requirement(line)
