@@ -145,10 +145,13 @@ def _check_torch() -> str:
     import torch
 
     version = torch.__version__
-    if tuple(int(part) for part in version.split('.')[:2]) < (2, 6):
+    release = tuple(int(part) for part in version.split('.')[:2])
+    if release < (2, 6):
         raise RuntimeError(
             f'torch {version} is too old: 2.6 or later is needed, to read checkpoints safely'
         )
+    if release < (2, 10):
+        return f'{version}: of others, read only .safetensors (CVE-2026-24747, fixed in 2.10)'
     return version
 
 

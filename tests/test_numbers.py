@@ -165,7 +165,7 @@ def test_a_backbone_of_large_images_stays_finite(dtype):
 
 
 def test_training_in_bfloat16_tracks_float32():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = Classifier(out_norm_cfg=dict(type='LN'))
     half = copy.deepcopy(model)
     losses, half_losses = train(model, 60), train(half, 60, torch.bfloat16)
