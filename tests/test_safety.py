@@ -82,6 +82,7 @@ entries = {
     'resume the latest': tool('train', config, '--resume', *options),
     'init_cfg of the backbone': tool('train', pretrained('backbone'), *options),
     'init_cfg of the neck': tool('train', pretrained('neck'), *options),
+    'resume weights alone': tool('train', config, '--resume', 'x.safetensors', *options),
     'convert': tool('convert_checkpoint', harmful, harmful + '.safetensors'),
     'visualize': tool('visualize_super_tokens', image, '--config', config, '--checkpoint', harmful),
     'init_detector': detector,
@@ -103,8 +104,10 @@ def test_a_checkpoint_with_code_is_refused_at_every_entry(harmful, shapes, tmp_p
     arguments = [ROOT, config, shapes, file, tmp_path / 'work']
     output = run_python('-c', 'import mmsvit\n' + EVERY_ENTRY, *arguments, cwd=tmp_path).stdout
     entries = [line for line in output.splitlines() if line.startswith('ENTRY')]
-    assert len(entries) == 10
-    for entry in entries:
+    assert len(entries) == 11
+    (weights_alone,) = (entry for entry in entries if 'resume weights alone' in entry)
+    assert 'holds weights alone' in weights_alone
+    for entry in set(entries) - {weights_alone}:
         assert 'is refused' in entry and '--trust-checkpoint' in entry, entry
     assert not marker.exists()
 

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmsvit.checkpoint import read_checkpoint
+from mmsvit.checkpoint import SAFETENSORS, read_checkpoint
 from mmsvit.cli import add_arguments, add_hook, load_config
 
 
@@ -49,6 +49,12 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
             )
         cfg.auto_scale_lr.enable = True
     if args.resume is not None:
+        if args.resume.endswith(SAFETENSORS):
+            raise SystemExit(
+                f'--resume {args.resume}: a {SAFETENSORS} file holds weights alone, and nothing of '
+                "the optimizer to go on with. Name the run's .pth file, or begin a new run with these "
+                f'weights: --cfg-options load_from={args.resume}'
+            )
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
