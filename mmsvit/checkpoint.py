@@ -16,6 +16,8 @@ import json
 import logging
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +96,19 @@ def allow_runner_checkpoints() -> None:
 _trusted = False
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).partition('\n')[0]
+
+
+def _check_sums(file: str) -> None:
+    # torch writes checksums, but does not look at them when it reads.
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f'checksum of {damaged}')
+
+
 def trust_checkpoints() -> None:
     """Let every checkpoint that this process reads from now on run code.
 
@@ -144,10 +159,14 @@ def read_checkpoint(
             else:
                 # Again: torch's context manager, where others use it, takes away what was there.
                 allow_runner_checkpoints()
+                _check_sums(file)
                 checkpoint = torch.load(file, map_location=map_location, weights_only=not _trusted)
     except PermissionError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (
+        *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError),
+        *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+    ) as error:
         refused = re.search(
             r'GLOBAL (\S+) (?:was not an allowed|whose module)|getattr\(.*\) is not', str(error)
         )
@@ -160,9 +179,9 @@ def read_checkpoint(
                 'mmsvit.checkpoint.trust_checkpoints() in a program of your own.'
             ) from error
         raise ValueError(
-            f'{path!r} is not a whole checkpoint ({type(error).__name__}); a download that broke '
-            'off, or a web page saved under that name? Expected a file written by torch.save, or '
-            f'one that ends in {SAFETENSORS}.'
+            f'{path!r} is not a whole checkpoint ({type(error).__name__}: {_first_line(error)}); a '
+            'download that broke off, a damaged disk, or a web page saved under that name? Expected '
+            f'a file written by torch.save, or one that ends in {SAFETENSORS}.'
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(

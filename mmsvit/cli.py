@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.hooks import CheckpointHook
 
 from .checkpoint import trust_checkpoints
 from .data_check import check_data
@@ -87,3 +88,27 @@ def add_hook(cfg: Config, hook: dict) -> None:
     hooks = cfg.get('custom_hooks') or []
     if not any(other.get('type') == hook['type'] for other in hooks):
         cfg.custom_hooks = [*hooks, hook]
+
+
+# What keeps a run from being lost, by the names that the configs give them.
+GUARDS = dict(
+    exact_resume='mmsvit.ExactResumeHook',
+    stop_signal='mmsvit.StopSignalHook',
+    non_finite='mmsvit.NonFiniteHook',
+    bad_samples='mmsvit.BadSamplesHook',
+)
+
+
+def add_guards(cfg: Config) -> None:
+    """Add to a config of any origin what mmsvit's own have in ``default_hooks``.
+
+    What the config sets stays as it is; one that is set to None is left out.
+    """
+    hooks = cfg.setdefault('default_hooks', {})
+    for name, kind in GUARDS.items():
+        hooks.setdefault(name, dict(type=kind))
+        if hooks[name] is None:
+            del hooks[name]
+    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+    if checkpoint is not None and checkpoint['type'] in ('CheckpointHook', CheckpointHook):
+        checkpoint['type'] = 'mmsvit.SafeCheckpointHook'

@@ -19,7 +19,16 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='mmsvit',
-    locations=['mmsvit.data_check', 'mmsvit.strict_checkpoint', 'mmsvit.deploy'],
+    locations=[
+        'mmsvit.data_check',
+        'mmsvit.strict_checkpoint',
+        'mmsvit.deploy',
+        'mmsvit.safe_checkpoint',
+        'mmsvit.exact_resume',
+        'mmsvit.stop_signal',
+        'mmsvit.non_finite',
+        'mmsvit.bad_samples',
+    ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

@@ -12,7 +12,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmsvit.checkpoint import SAFETENSORS, read_checkpoint
-from mmsvit.cli import add_arguments, add_hook, load_config
+from mmsvit.cli import add_arguments, add_guards, add_hook, load_config
+from mmsvit.safe_checkpoint import check_writable, newest_whole_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,7 +25,8 @@ def parse_args() -> argparse.Namespace:
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from this checkpoint, or without a value from the latest in the work folder',
+        help='go on from this checkpoint, or without a value from the newest whole one in the work '
+        'folder, if there is one',
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (needs a GPU)')
     parser.add_argument(
@@ -57,6 +59,9 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
             )
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
+    if cfg.get('resume') and not cfg.get('load_from'):
+        cfg.load_from = newest_whole_checkpoint(cfg.work_dir)
+        cfg.resume = cfg.load_from is not None  # Else a new run begins, as a cluster's first try.
     if cfg.get('load_from'):
         read_checkpoint(cfg.load_from)  # An unsafe or broken file is refused before anything else.
     if cfg.get('load_from') or cfg.get('resume'):
@@ -68,7 +73,9 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     cfg = load_config(args, ('train', 'val'))
+    check_writable(cfg.work_dir)
     apply_options(cfg, args)
+    add_guards(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
 

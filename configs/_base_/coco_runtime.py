@@ -4,3 +4,11 @@ _base_ = 'mmdet::_base_/default_runtime.py'
 # build the model, and with OpenMMLab's MMEngine on torch 2.6 or later cannot without this.
 custom_imports = dict(imports=['mmsvit.checkpoint'], allow_failed_imports=False)
 custom_hooks = [dict(type='mmsvit.CheckDatasetHook'), dict(type='NumClassCheckHook')]
+default_hooks = dict(
+    # docs/reliability.md: what keeps a run from being lost.
+    checkpoint=dict(type='mmsvit.SafeCheckpointHook'),
+    exact_resume=dict(type='mmsvit.ExactResumeHook'),
+    stop_signal=dict(type='mmsvit.StopSignalHook'),
+    non_finite=dict(type='mmsvit.NonFiniteHook'),
+    bad_samples=dict(type='mmsvit.BadSamplesHook'),
+)

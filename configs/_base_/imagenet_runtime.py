@@ -9,4 +9,11 @@ custom_imports = dict(imports=['mmsvit.checkpoint'], allow_failed_imports=False)
 # publish accuracies of are the weights themselves, and EMAHook would evaluate and save the
 # average. To have it, add dict(type='EMAHook', momentum=4e-5, priority='ABOVE_NORMAL').
 custom_hooks = [dict(type='mmsvit.CheckDatasetHook'), dict(type='mmsvit.StrictCheckpointHook')]
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='auto'))
+default_hooks = dict(
+    # docs/reliability.md: what keeps a run from being lost.
+    checkpoint=dict(type='mmsvit.SafeCheckpointHook', max_keep_ckpts=2, save_best='auto'),
+    exact_resume=dict(type='mmsvit.ExactResumeHook'),
+    stop_signal=dict(type='mmsvit.StopSignalHook'),
+    non_finite=dict(type='mmsvit.NonFiniteHook'),
+    bad_samples=dict(type='mmsvit.BadSamplesHook'),
+)

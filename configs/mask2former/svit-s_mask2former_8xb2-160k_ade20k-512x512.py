@@ -38,3 +38,11 @@ optim_wrapper = dict(
 # The head's parts are MMDetection's.
 custom_imports = dict(imports=['mmsvit.checkpoint', 'mmdet.models'], allow_failed_imports=False)
 custom_hooks = [dict(type='mmsvit.CheckDatasetHook')]
+default_hooks = dict(
+    checkpoint=dict(type='mmsvit.SafeCheckpointHook'),
+    # docs/reliability.md: what keeps a run from being lost.
+    exact_resume=dict(type='mmsvit.ExactResumeHook'),
+    stop_signal=dict(type='mmsvit.StopSignalHook'),
+    non_finite=dict(type='mmsvit.NonFiniteHook'),
+    bad_samples=dict(type='mmsvit.BadSamplesHook'),
+)

@@ -23,8 +23,17 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=2, save_best='mIoU'
+        type='mmsvit.SafeCheckpointHook',
+        by_epoch=False,
+        interval=16000,
+        max_keep_ckpts=2,
+        save_best='mIoU',
     ),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
+    # docs/reliability.md: what keeps a run from being lost.
+    exact_resume=dict(type='mmsvit.ExactResumeHook'),
+    stop_signal=dict(type='mmsvit.StopSignalHook'),
+    non_finite=dict(type='mmsvit.NonFiniteHook'),
+    bad_samples=dict(type='mmsvit.BadSamplesHook'),
 )

@@ -1,0 +1,293 @@
+"""Checkpoints that a crash cannot break, and finding the newest one that is whole.
+
+MMEngine's ``CheckpointHook`` writes a checkpoint in place, removes the one that falls out of
+``max_keep_ckpts`` (and the previous best) before it writes the new one, and names the new one
+in ``last_checkpoint``, in place as well: a run that dies in between leaves half a file, or
+none. Here a file gets its name when it is whole and on the disk, ``last_checkpoint`` follows,
+and only then is something removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from torch import nn
+
+from .checkpoint import allow_runner_checkpoints, read_checkpoint
+from .registry import HOOKS
+
+PARTIAL = '.partial'  # suffix of what is not whole yet
+NUMBERED = ('epoch_*.pth', 'iter_*.pth')  # not best_*.pth, which have no optimizer state
+
+
+class AtomicLocalBackend(LocalBackend):
+    """MMEngine's access to local files; writing, it replaces a file as a whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write a file.
+
+        Raises:
+            OSError: It cannot be written, as on a full disk; what was there before is still
+                there.
+        """
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            with partial.open('wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                error.errno,
+                f'cannot write {str(path)!r} ({len(obj):,} bytes): {error.strerror}. Nothing was '
+                'replaced; make room, then go on from the last checkpoint with --resume',
+            ) from error
+        _sync_folder(path.parent)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        """Write a text file; see :meth:`put`."""
+        self.put(obj.encode(encoding), filepath)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name last through a power failure, where the file system knows how."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # Some network file systems refuse; they do it by themselves.
+    finally:
+        os.close(descriptor)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse a work folder that cannot be written to.
+
+    Raises:
+        OSError: It cannot; the message says why.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b'\0' * 4096)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f'cannot write to the folder {str(folder)!r}: {error.strerror}. Logs and checkpoints '
+            'go there; choose another with --work-dir',
+        ) from error
+
+
+def newest_whole_checkpoint(folder: str | Path) -> str | None:
+    """The checkpoint of a work folder that has most iterations, out of those that are whole.
+
+    ``last_checkpoint`` does not decide: it is behind if a run died right after it wrote a
+    checkpoint, and the folder may have been moved.
+
+    Args:
+        folder: Where a runner left ``epoch_*.pth`` or ``iter_*.pth``.
+
+    Returns:
+        Its path; None if there is no checkpoint at all, whole or not.
+
+    Raises:
+        ValueError: There are checkpoints, but none can be used.
+    """
+    folder = Path(folder)
+    candidates = {path for pattern in NUMBERED for path in folder.glob(pattern)}
+    named = folder / 'last_checkpoint'
+    if named.is_file() and named.read_text().strip():
+        last = Path(named.read_text().strip())
+        last = last if last.is_file() or not (folder / last.name).is_file() else folder / last.name
+        candidates.add(last)
+    problems, iterations = {}, {}
+    allow_runner_checkpoints()
+    for path in candidates:
+        try:
+            # Mapped, not read: only the table of contents, for the order.
+            meta = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta']
+            iterations[path] = (meta['iter'], meta['epoch'])
+        except Exception as error:  # Damage shows in about any way.
+            problems[path] = f'{type(error).__name__}: {error}'.splitlines()[0]
+    for path in sorted(iterations, key=iterations.get, reverse=True):
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            problems[path] = str(error)
+            continue
+        for broken, problem in problems.items():
+            print_log(f'{broken} cannot be used: {problem}', 'current', logging.WARNING)
+        if problems:
+            print_log(f'Going on from {path}, the newest that can.', 'current', logging.WARNING)
+        return str(path)
+    if problems:
+        raise ValueError(
+            'there is no whole checkpoint to go on from:\n  '
+            + '\n  '.join(f'{path}: {problem}' for path, problem in problems.items())
+            + '\nRemove them (and last_checkpoint) to begin anew, or name another with '
+            '--resume CHECKPOINT.'
+        )
+    return None
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter or running statistic that is not finite."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        is_weight = isinstance(value, nn.Parameter) or 'running_' in name
+        if is_weight and value.is_floating_point() and not torch.isfinite(value).all():
+            return name
+    return None
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook``, with the same arguments, for runs that may die at any time.
+
+    - A file of a local file system appears under its name when it is whole
+      (:class:`AtomicLocalBackend`, for whatever this process writes through MMEngine).
+    - What ``max_keep_ckpts`` or a better result makes superfluous is removed afterwards.
+    - Automatic resumption takes the newest checkpoint that is whole, read in torch's
+      weights-only mode.
+    - Weights that are not finite are never saved.
+    """
+
+    saved_iter: int | None = None  # iterations done at the last checkpoint of this process
+
+    def before_run(self, runner: Runner) -> None:
+        """Choose what to go on from, where the run is to find that by itself.
+
+        Raises:
+            ValueError: See :func:`newest_whole_checkpoint`.
+        """
+        if runner._resume is True and runner._load_from is None:
+            found: list[str | None] = [None]
+            if is_main_process():
+                found[0] = newest_whole_checkpoint(runner.work_dir)
+            broadcast_object_list(found)
+            if found[0] is None:
+                runner.logger.warning(
+                    f'There is no checkpoint in {runner.work_dir} to go on from: a new run begins.'
+                )
+            runner._load_from, runner._resume = found[0], found[0] is not None
+
+    def before_train(self, runner: Runner) -> None:
+        """Set everything up, and try whether the folder can be written to.
+
+        Raises:
+            OSError: It cannot.
+        """
+        register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+        super().before_train(runner)
+        if is_main_process() and isinstance(self.file_backend, LocalBackend):
+            check_writable(self.out_dir)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse to save weights that nobody can go on from.
+
+        Raises:
+            FloatingPointError: They are not finite.
+        """
+        name = first_non_finite(runner.model)
+        if name is not None:
+            raise FloatingPointError(
+                f'{name} is not finite after iteration {runner.iter + 1}: nothing is saved. The '
+                f'last good checkpoint is {self.last_ckpt or "that of an earlier run, if any"}'
+            )
+
+    def save_between(self, runner: Runner) -> None:
+        """Save a checkpoint ``iter_*.pth`` after an iteration, wherever in an epoch that is.
+
+        The next regular checkpoint replaces it.
+        """
+        done = runner.iter + 1
+        if self.saved_iter == done:
+            return
+        name = f'iter_{done}.pth'
+        path = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('checkpoint_between', path)
+        meta = dict(epoch=runner.epoch, iter=done)
+        self._save(runner, path, name, meta, by_epoch=False)
+
+    def _save(self, runner: Runner, path: str, name: str, meta: dict, by_epoch: bool) -> None:
+        # `meta` is filled up with what is not for the caller.
+        saved_iter = meta['iter']
+        runner.message_hub.update_info('last_ckpt', path)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        self.last_ckpt, self.saved_iter = path, saved_iter
+        if is_main_process():
+            AtomicLocalBackend().put_text(path, Path(runner.work_dir) / 'last_checkpoint')
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        name = self.filename_tmpl.format(step)
+        path = self.file_backend.join_path(self.out_dir, name)
+        superfluous = set()
+        hub = runner.message_hub
+        if 'checkpoint_between' in hub.runtime_info:
+            superfluous.add(hub.get_info('checkpoint_between'))
+            hub.pop_info('checkpoint_between')
+        if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
+            ids = [*self.keep_ckpt_ids, step]
+            # One too many, if need be: a run that dies before it removes that one does so later.
+            hub.update_info('keep_ckpt_ids', ids)
+            self.keep_ckpt_ids.append(step)
+            superfluous |= {
+                self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
+                for old in ids
+                if old not in self.keep_ckpt_ids
+            }
+        self._save(runner, path, name, meta, self.by_epoch)
+        self._remove(superfluous - {path})
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not self.save_best:
+            return
+        # The base class removes the previous best before it saves the next: it is told of none.
+        previous = self._best_paths()
+        self._set_best_paths(dict.fromkeys(previous))
+        super()._save_best_checkpoint(runner, metrics)
+        current = self._best_paths()
+        self._set_best_paths({key: path or previous.get(key) for key, path in current.items()})
+        self._remove({previous.get(key) for key, path in current.items() if path} - {None})
+
+    def _best_paths(self) -> dict[str, str | None]:
+        if len(self.key_indicators) == 1:
+            return {'': self.best_ckpt_path}
+        return dict(self.best_ckpt_path_dict)
+
+    def _set_best_paths(self, paths: dict[str, str | None]) -> None:
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = paths['']
+        else:
+            self.best_ckpt_path_dict = paths
+
+    def _remove(self, paths: set[str]) -> None:
+        if not is_main_process():
+            return
+        for path in paths:
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):  # as DeepSpeed saves them
+                self.file_backend.rmtree(path)
