@@ -106,9 +106,10 @@ def add_guards(cfg: Config) -> None:
     """
     hooks = cfg.setdefault('default_hooks', {})
     for name, kind in GUARDS.items():
-        hooks.setdefault(name, dict(type=kind))
-        if hooks[name] is None:
+        if hooks.setdefault(name, {}) is None:
             del hooks[name]
+        else:
+            hooks[name].setdefault('type', kind)
     checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
     if checkpoint is not None and checkpoint['type'] in ('CheckpointHook', CheckpointHook):
         checkpoint['type'] = 'mmsvit.SafeCheckpointHook'

@@ -122,6 +122,10 @@ class EndlessBatches:
     def skip_iter(self, num_iters: int) -> None:
         """Do nothing: the newer MMEngine's way to skip, which has been done."""
 
+    def close(self) -> None:
+        """End its workers."""
+        self._iterator = None
+
     def __next__(self) -> object:
         if self._taken > 0:
             self._taken -= 1
@@ -212,6 +216,12 @@ class ExactResumeHook(Hook):
     def after_train_epoch(self, runner: Runner) -> None:
         """Forget the epoch."""
         self._epoch_began_at = None
+
+    def after_train(self, runner: Runner) -> None:
+        """End data workers that would go on for ever."""
+        batches = getattr(runner.train_loop, 'dataloader_iterator', None)
+        if isinstance(batches, EndlessBatches):
+            batches.close()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Say how much of the epoch is done."""

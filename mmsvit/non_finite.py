@@ -213,7 +213,7 @@ def _trace(runner: Runner, batch: object, rng: tuple) -> str:
 
     On each process by itself. The model's gradients are None afterwards.
     """
-    weight = first_non_finite(runner.model)
+    weight = first_non_finite(runner.model, statistics=False)  # The batch has spoilt those.
     if weight is not None:
         return f'the weights themselves: {weight}'
     model, before = _inner(runner.model), _rng_states()

@@ -143,11 +143,13 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-def first_non_finite(model: nn.Module) -> str | None:
-    """Name of the first parameter or running statistic that is not finite."""
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        is_weight = isinstance(value, nn.Parameter) or 'running_' in name
-        if is_weight and value.is_floating_point() and not torch.isfinite(value).all():
+def first_non_finite(model: nn.Module, statistics: bool = True) -> str | None:
+    """Name of the first parameter, or running statistic, that is not finite."""
+    values = list(model.named_parameters())
+    if statistics:
+        values += [(name, value) for name, value in model.named_buffers() if 'running_' in name]
+    for name, value in values:
+        if value.is_floating_point() and not torch.isfinite(value).all():
             return name
     return None
 
@@ -203,7 +205,7 @@ class SafeCheckpointHook(CheckpointHook):
         name = first_non_finite(runner.model)
         if name is not None:
             raise FloatingPointError(
-                f'{name} is not finite after iteration {runner.iter + 1}: nothing is saved. The '
+                f'{name} is not finite after {checkpoint["meta"]["iter"]} iterations: nothing is saved. The '
                 f'last good checkpoint is {self.last_ckpt or "that of an earlier run, if any"}'
             )
 

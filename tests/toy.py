@@ -188,7 +188,10 @@ def main() -> None:
     changes = {'train_dataloader.num_workers': args.workers}
     if args.distributed:
         torch.distributed.init_process_group('gloo')
-        changes.update(launcher='pytorch', model_wrapper_cfg=dict(type='MMDistributedDataParallel'))
+        changes.update(
+            launcher='pytorch',
+            model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None),
+        )
     train(args.work_dir, args.images, resume=True, custom_hooks=hooks, **changes)
 
 

@@ -1,0 +1,470 @@
+"""Runs that are killed, stopped, or fed with damage; see docs/reliability.md."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from PIL import Image
+from toy import BATCH, EPOCHS, IMAGES, assert_same_weights, make_images, toy_config, train
+
+from mmsvit.bad_samples import refuse_truncated
+from mmsvit.checkpoint import read_checkpoint
+from mmsvit.safe_checkpoint import (
+    AtomicLocalBackend,
+    SafeCheckpointHook,
+    check_writable,
+    newest_whole_checkpoint,
+)
+
+ITERATIONS = EPOCHS * IMAGES // BATCH
+
+
+class Killed(Exception):
+    pass
+
+
+@HOOKS.register_module()
+class DieAt(Hook):
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def before_train_iter(self, runner: Runner, *_, **__) -> None:
+        if runner.iter == self.iteration:
+            raise Killed
+
+
+@HOOKS.register_module()
+class SendSignal(Hook):
+    def __init__(self, iteration: int, number: int) -> None:
+        self.iteration, self.number = iteration, number
+
+    def before_train_iter(self, runner: Runner, *_, **__) -> None:
+        if runner.iter == self.iteration:
+            os.kill(os.getpid(), self.number)
+
+
+@HOOKS.register_module()
+class Poison(Hook):
+    """Make what the backbone gives at some iterations not finite."""
+
+    def __init__(self, iterations: list[int], where: str = 'forward') -> None:
+        self.iterations, self.where = iterations, where
+
+    def before_train(self, runner: Runner) -> None:
+        runner.model.backbone.stages[1].register_forward_hook(self.spoil)
+
+    def before_train_iter(self, runner: Runner, *_, **__) -> None:
+        self.now = runner.iter in self.iterations
+
+    def spoil(self, module: object, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if not self.now:
+            return None
+        if self.where == 'forward':
+            return output * float('nan')
+        output.register_hook(lambda gradient: gradient * float('inf'))
+        return None
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp('images') / 'noise')
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('uninterrupted') / 'run'
+    train(folder, images)
+    return folder
+
+
+def log_of(folder: Path) -> str:
+    return ''.join(path.read_text() for path in sorted(folder.glob('*/*.log')))
+
+
+def toy(folder: Path, images: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, *options]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+# --- killed and resumed -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_resumes_exactly(by_epoch, workers, images, tmp_path):
+    changes = {'by_epoch': by_epoch, 'train_dataloader.num_workers': workers}
+    # Averages and gradient accumulation have states of their own.
+    changes['optim_wrapper.accumulative_counts'] = 2
+    ema = dict(type='EMAHook', momentum=0.1)
+    train(tmp_path / 'whole', images, custom_hooks=[ema], **changes)
+    with pytest.raises(Killed):
+        train(
+            tmp_path / 'killed',
+            images,
+            custom_hooks=[ema, dict(type='DieAt', iteration=9)],
+            **changes,
+        )
+    runner = train(tmp_path / 'killed', images, custom_hooks=[ema], resume=True, **changes)
+    assert 'Auto resumed' not in log_of(tmp_path / 'killed')  # It was chosen by us.
+    assert runner.iter == ITERATIONS
+    assert_same_weights(tmp_path / 'whole', tmp_path / 'killed')
+
+
+def test_resumes_exactly_without_a_seed(images, tmp_path):
+    with pytest.raises(Killed):
+        train(
+            tmp_path / 'a',
+            images,
+            randomness=dict(seed=None),
+            custom_hooks=[dict(type='DieAt', iteration=9)],
+        )
+    seed = read_checkpoint(tmp_path / 'a' / 'epoch_1.pth')['meta']['seed']
+    train(tmp_path / 'a', images, randomness=dict(seed=None), resume=True)
+    train(tmp_path / 'b', images, randomness=dict(seed=seed))
+    assert_same_weights(tmp_path / 'a', tmp_path / 'b')
+
+
+def test_data_workers_do_not_change_what_is_learned(images, uninterrupted, tmp_path):
+    train(tmp_path, images, **{'train_dataloader.num_workers': 2})
+    assert_same_weights(uninterrupted, tmp_path)
+
+
+def test_other_iterations_have_other_randomness(images, tmp_path):
+    seen = []
+
+    @HOOKS.register_module(force=True)
+    class Watch(Hook):
+        def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict) -> None:
+            paths = [sample.img_id for sample in data_batch['data_samples']]
+            seen.extend(zip(paths, [float(image.sum()) for image in data_batch['inputs']]))
+            seen.append(float(torch.rand(())))
+
+    train(tmp_path, images, custom_hooks=[dict(type='Watch')])
+    assert len(set(seen)) == len(seen) == EPOCHS * IMAGES + ITERATIONS
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_writing_a_checkpoint(images, uninterrupted, tmp_path):
+    folder = tmp_path / 'run'
+    for number, files in ((1, []), (2, ['epoch_1.pth'])):
+        process = toy(folder, images, '--die-in-write', str(number))
+        output = process.communicate(timeout=120)[0].decode()
+        assert process.returncode == -signal.SIGKILL, output
+        assert sorted(path.name for path in folder.glob('*.pth')) == files
+        assert list(folder.glob('*.partial'))
+        for file in files:
+            read_checkpoint(folder / file)
+    train(folder, images, resume=True)
+    assert_same_weights(uninterrupted, folder)
+
+
+# --- checkpoints --------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    changes = {'default_hooks.checkpoint.max_keep_ckpts': 1}
+    with pytest.raises(Killed):
+        train(tmp_path, images, custom_hooks=[dict(type='DieAt', iteration=7)], **changes)
+    before = (tmp_path / 'epoch_1.pth').read_bytes()
+    with monkeypatch.context() as context:
+        context.setattr(os, 'fsync', fail)
+        with pytest.raises(OSError, match=r'epoch_2\.pth.*No space left.*--resume'):
+            train(tmp_path, images, resume=True, **changes)
+    assert (tmp_path / 'epoch_1.pth').read_bytes() == before
+    assert not list(tmp_path.glob('*.partial')) and not (tmp_path / 'epoch_2.pth').exists()
+    train(tmp_path, images, resume=True, **changes)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_3.pth']
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='needs to mount a small file system')
+def test_a_really_full_disk(tmp_path):
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', tmp_path]).returncode:
+        pytest.skip('may not mount')
+    try:
+        backend = AtomicLocalBackend()
+        backend.put(b'old', tmp_path / 'file')
+        with pytest.raises(OSError, match=r'No space left'):
+            backend.put(b'\0' * 2**21, tmp_path / 'file')
+        assert (tmp_path / 'file').read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
+        subprocess.run(['mount', '-o', 'remount,ro', tmp_path], check=True)
+        with pytest.raises(OSError, match=r'Read-only file system.*--work-dir'):
+            check_writable(tmp_path)
+    finally:
+        subprocess.run(['umount', tmp_path], check=True)
+
+
+def test_a_new_checkpoint_is_whole_before_an_old_one_goes(images, tmp_path, monkeypatch):
+    removed = []
+
+    def remove(self: SafeCheckpointHook, paths: set[str]) -> None:
+        whole = newest_whole_checkpoint(tmp_path)
+        assert whole not in paths
+        removed.extend(Path(path).name for path in paths)
+        original(self, paths)
+
+    original = SafeCheckpointHook._remove
+    monkeypatch.setattr(SafeCheckpointHook, '_remove', remove)
+    train(tmp_path, images, **{'default_hooks.checkpoint.max_keep_ckpts': 1})
+    assert removed == ['epoch_1.pth', 'epoch_2.pth']
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == ['epoch_3.pth']
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'flipped', 'missing', 'empty'])
+def test_resumes_from_the_newest_whole_checkpoint(damage, uninterrupted, images, tmp_path):
+    for file in uninterrupted.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    newest = tmp_path / 'epoch_3.pth'
+    content = newest.read_bytes()
+    if damage == 'truncated':
+        newest.write_bytes(content[: len(content) // 2])
+    elif damage == 'flipped':
+        middle = len(content) // 2
+        newest.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+        torch.load(newest, weights_only=False)  # torch sees nothing.
+        with pytest.raises(ValueError, match='checksum'):
+            read_checkpoint(newest)
+    elif damage == 'missing':
+        newest.unlink()
+    else:
+        newest.write_bytes(b'')
+    (tmp_path / 'last_checkpoint').write_text(str(newest))
+    assert newest_whole_checkpoint(tmp_path) == str(tmp_path / 'epoch_2.pth')
+    train(tmp_path, images, resume=True)
+    assert_same_weights(uninterrupted, tmp_path)
+    for file in tmp_path.glob('epoch_*.pth'):
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r'no whole checkpoint[\s\S]*epoch_1.pth'):
+        newest_whole_checkpoint(tmp_path)
+
+
+def test_every_flipped_bit_that_matters_is_seen(tmp_path):
+    torch.save({'state_dict': {'a': torch.arange(100.0)}, 'meta': {}}, tmp_path / 'whole.pth')
+    content = (tmp_path / 'whole.pth').read_bytes()
+    whole = read_checkpoint(tmp_path / 'whole.pth')['state_dict']['a']
+    for bit in np.random.default_rng(0).integers(0, 8 * len(content), 300):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / 'damaged.pth').write_bytes(damaged)
+        try:
+            found = read_checkpoint(tmp_path / 'damaged.pth')
+        except ValueError:
+            continue
+        assert torch.equal(found['state_dict']['a'], whole)  # It was in the padding.
+
+
+def test_automatic_resumption_runs_no_code(uninterrupted, images, tmp_path):
+    checkpoint = torch.load(uninterrupted / 'epoch_1.pth', weights_only=False)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'was_here'),)
+
+    checkpoint['meta']['evil'] = Evil()
+    torch.save(checkpoint, tmp_path / 'epoch_1.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
+    with pytest.raises(ValueError, match='no whole checkpoint'):
+        train(tmp_path, images, resume=True)
+    assert not (tmp_path / 'was_here').exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(images, tmp_path):
+    @HOOKS.register_module(force=True)
+    class Ruin(Hook):
+        def before_train_iter(self, runner: Runner, *_, **__) -> None:
+            if runner.iter == 11:
+                runner.model.head.weight.data[0, 3] = float('nan')
+
+    hooks = {'default_hooks.non_finite': None}
+    with pytest.raises(
+        FloatingPointError, match=r'is not finite after 12 iterations.*epoch_1\.pth'
+    ):
+        train(tmp_path, images, custom_hooks=[dict(type='Ruin')], **hooks)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_1.pth']
+
+
+# --- signals ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('iteration', [3, 5, 9])  # in an epoch, at its end, in the next
+def test_a_signal_saves_and_leaves(number, iteration, images, uninterrupted, tmp_path):
+    hook = dict(type='SendSignal', iteration=iteration, number=int(number))
+    before = signal.getsignal(number)
+    try:
+        with pytest.raises(SystemExit) as left:
+            train(tmp_path, images, custom_hooks=[hook])
+    finally:
+        signal.signal(number, before)
+    assert left.value.code == 128 + number == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / f'iter_{iteration + 1}.pth')
+    runner = train(tmp_path, images, resume=True)
+    assert runner.iter == ITERATIONS
+    assert_same_weights(uninterrupted, tmp_path)
+    assert not list(tmp_path.glob('iter_*.pth'))  # An epoch's has replaced it.
+
+
+def wait_for(path: Path) -> None:
+    for _ in range(400):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f'{path} did not appear')
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group(images, uninterrupted, tmp_path):
+    command = [
+        sys.executable,
+        ROOT / 'tests' / 'toy.py',
+        tmp_path,
+        images,
+        '--slow',
+        '--workers',
+        '2',
+    ]
+    process = subprocess.Popen(command, start_new_session=True)
+    wait_for(tmp_path / 'begun_1')
+    os.killpg(process.pid, signal.SIGTERM)  # Its data workers get it, too.
+    assert process.wait(60) == 143
+    train(tmp_path, images, resume=True)
+    assert_same_weights(uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_same_iteration(images, tmp_path):
+    def start(folder: Path, *options: str) -> list[subprocess.Popen]:
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = str(probe.getsockname()[1])
+        command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, '--distributed']
+        env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        env['OMP_NUM_THREADS'] = '1'
+        return [
+            subprocess.Popen([*command, *options], env={**env, 'RANK': rank, 'LOCAL_RANK': rank})
+            for rank in '01'
+        ]
+
+    folder = tmp_path / 'stopped'
+    processes = start(folder, '--slow')
+    wait_for(folder / 'begun_1')
+    processes[1].send_signal(signal.SIGTERM)  # One of them.
+    assert [process.wait(100) for process in processes] == [143, 143]
+    assert [process.wait(100) for process in start(folder)] == [0, 0]
+    assert [process.wait(100) for process in start(tmp_path / 'whole')] == [0, 0]
+    assert_same_weights(tmp_path / 'whole', folder)
+
+
+# --- NaN and infinity ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('where', ['forward', 'backward'])
+def test_nan_stops_the_run_with_a_report(where, images, tmp_path):
+    poison = dict(type='Poison', iterations=[8], where=where)
+    with pytest.raises(FloatingPointError) as stopped:
+        train(tmp_path, images, custom_hooks=[poison])
+    report = str(stopped.value)
+    assert 'at iteration 9 (epoch 2)' in report and report.count(str(images)) == BATCH
+    assert 'loss_mean' in report and 'loss_size' in report and 'gradient norm: ' in report
+    culprit = {'forward': 'output of backbone.stages.1 (', 'backward': 'backbone.stages.1.'}[where]
+    assert culprit in report
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_1.pth']
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_nan_is_skipped(accumulate, images, tmp_path):
+    poison = dict(type='Poison', iterations=[8, 9])
+    hooks = {'default_hooks.non_finite.action': 'skip'}
+    hooks['optim_wrapper.accumulative_counts'] = accumulate
+    weights = []
+
+    @HOOKS.register_module(force=True)
+    class Note(Hook):
+        priority = 'LOWEST'
+
+        def after_train_iter(self, runner: Runner, *_, **__) -> None:
+            weights.append({k: v.clone() for k, v in runner.model.state_dict().items()})
+
+    runner = train(tmp_path, images, custom_hooks=[poison, dict(type='Note')], **hooks)
+    assert log_of(tmp_path).count('Skipped: ') == 2 // accumulate
+    for key, value in weights[7].items():  # Running statistics as well.
+        assert torch.equal(weights[9][key], value), key
+    assert any(not torch.equal(weights[11][key], value) for key, value in weights[9].items())
+    assert all(value.isfinite().all() for value in runner.model.state_dict().values())
+
+
+def test_nan_for_ever_is_not_skipped(images, tmp_path):
+    poison = dict(type='Poison', iterations=list(range(6, 18)))
+    hooks = dict(action='skip', max_consecutive=3, type='mmsvit.NonFiniteHook')
+    with pytest.raises(FloatingPointError, match='at iteration 10 '):
+        train(tmp_path, images, custom_hooks=[poison], **{'default_hooks.non_finite': hooks})
+
+
+# --- damaged data -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged_images(tmp_path: Path) -> Path:
+    """A truncated file, one that is no image, one that is not there, and ten good ones."""
+    folder = make_images(tmp_path / 'damaged')
+    content = (folder / '00.jpg').read_bytes()
+    (folder / '00.jpg').write_bytes(content[: len(content) // 2])
+    (folder / '01.jpg').write_bytes(b'nothing that anybody could decode')
+    (folder / '02.jpg').unlink()
+    (folder / '02.jpg').symlink_to('nowhere')
+    return folder
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_unreadable_images_are_left_out_and_counted(workers, damaged_images, tmp_path):
+    train(tmp_path / 'run', damaged_images, **{'train_dataloader.num_workers': workers})
+    log = log_of(tmp_path / 'run')
+    for number, name in enumerate(('00.jpg', '01.jpg', '02.jpg'), 1):
+        assert log.count(f'number {number} of at most 10') == 1 and name in log
+    assert log.count('left out, number') == 3
+    assert '3 training samples could not be loaded' in log
+
+
+def test_too_many_unreadable_images_stop_the_run(damaged_images, tmp_path):
+    limit = {'default_hooks.bad_samples.max_skipped': 2}
+    with pytest.raises(RuntimeError, match=r'2 have been left out, the limit.*0[012]\.jpg'):
+        train(tmp_path / 'run', damaged_images, **limit)
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png'])
+def test_truncated_images_are_told_from_others(suffix, tmp_path):
+    for file in make_images(tmp_path / 'images', suffix).iterdir():
+        refuse_truncated(file)
+    content = file.read_bytes()
+    file.write_bytes(content + b'\0' * 1000)  # Decoders leave such an end alone.
+    refuse_truncated(file)
+    for length in (100, len(content) // 2, len(content) - 60):
+        file.write_bytes(content[:length])
+        with pytest.raises(OSError, match=r'.'):
+            refuse_truncated(file)
+    Image.new('L', (1, 1)).save(file)
+    refuse_truncated(file)
+
+
+def test_guards_can_be_left_out(images, tmp_path):
+    cfg = toy_config(tmp_path, images, **{'default_hooks.bad_samples': None})
+    assert 'bad_samples' not in cfg.default_hooks
+    assert cfg.default_hooks.checkpoint.type == 'mmsvit.SafeCheckpointHook'
