@@ -68,6 +68,28 @@ def check_coco_annotations(
             report.warning(split, 'images without objects', image.get('file_name', f'image {key}'))
 
 
+def count_left_out(content: dict) -> Counter:
+    """Count boxes that MMDetection leaves out, and images without objects.
+
+    Args:
+        content: A whole file in COCO format, as read.
+    """
+    images, found = {image['id']: image for image in content['images']}, Counter()
+    occupied = set()
+    for ann in content.get('annotations', ()):
+        image = images.get(ann['image_id'])
+        if image is None or not _is_box(ann.get('bbox')) or not image.get('width'):
+            continue
+        kinds = [kind for _, kind in _box_problems(ann['bbox'], ann.get('area', 1), image)]
+        found.update(kind for kind in kinds if kind in (NO_AREA, OUTSIDE))
+        if not {NO_AREA, OUTSIDE} & set(kinds):
+            occupied.add(ann['image_id'])
+    if len(images) > len(occupied):
+        found[WITHOUT_OBJECTS] = len(images) - len(occupied)
+    return found
+
+
+WITHOUT_OBJECTS = 'images without objects (filter_cfg.filter_empty_gt decides about their use)'
 NO_AREA = 'boxes without area, which are left out'
 OUTSIDE = 'boxes outside of their image, which are left out'
 REACHES_OUT = 'boxes that reach out of their image'

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import nn
 
+from .coco_annotations import count_left_out
 from .registry import HOOKS
 
 
@@ -123,11 +125,13 @@ def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
             yield f'{split}_dataloader.dataset.{name}: {path.absolute()}'
 
 
-@cache  # COCO's file takes seconds to read, and both checks want it.
-def _category_names(ann_file: str) -> list[str]:
+@cache  # COCO's file takes seconds to read, and all checks want it.
+def _read_coco(ann_file: str) -> tuple[list[str], Counter]:
+    """Names of the categories, and how often what MMDetection leaves out without a word is there."""
     try:
-        categories = json.loads(Path(ann_file).read_text())['categories']
-        return [category['name'] for category in categories]
+        content = json.loads(Path(ann_file).read_text())
+        names = [category['name'] for category in content['categories']]
+        return names, count_left_out(content)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{ann_file!r} is not an annotation file in COCO format '
@@ -153,7 +157,7 @@ def check_classes(
         return
     if isinstance(classes, str):
         classes = list_from_file(classes)
-    names = _category_names(ann_file)
+    names, _ = _read_coco(ann_file)
     absent = [name for name in classes if name not in names]
     if absent:
         raise ValueError(
@@ -242,7 +246,7 @@ class CheckDatasetHook(Hook):
             datasets['val'] = runner.val_dataloader.dataset
         check_class_folders(datasets)
         for split, dataset in datasets.items():
-            self._check(split, dataset, runner.model)
+            self._check(split, dataset, runner)
 
     def before_test(self, runner: Runner) -> None:
         """Check test data.
@@ -251,15 +255,18 @@ class CheckDatasetHook(Hook):
             ValueError, FileNotFoundError: What is wrong, and with which data set.
         """
         check_class_folders({'test': runner.test_dataloader.dataset})
-        self._check('test', runner.test_dataloader.dataset, runner.model)
+        self._check('test', runner.test_dataloader.dataset, runner)
 
-    def _check(self, split: str, dataset: object, model: nn.Module) -> None:
+    def _check(self, split: str, dataset: object, runner: Runner) -> None:
+        model = runner.model
         for part in built_datasets(dataset):
             if getattr(part, 'backend_args', None):
                 continue
             if hasattr(part, 'COCOAPI') and '://' not in part.ann_file:
                 classes = part.metainfo.get('classes')
                 check_classes(split, part.ann_file, classes, type(part))
+                if classes is not None:
+                    _warn_of_left_out(runner, split, part)
             if hasattr(part, 'reduce_zero_label'):
                 _check_num_classes(split, part.metainfo['classes'], model)
             if getattr(part, 'folder_to_idx', None):
@@ -271,6 +278,11 @@ class CheckDatasetHook(Hook):
                         f'{file!r}, the first one of the {split} data set {part.ann_file!r}, does '
                         f'not exist; is data_prefix right? It is {part.data_prefix}'
                     )
+
+
+def _warn_of_left_out(runner: Runner, split: str, dataset: BaseDataset) -> None:
+    for what, number in _read_coco(dataset.ann_file)[1].items():
+        runner.logger.warning(f'{number:,} {what} in the {split} annotations {dataset.ann_file!r}')
 
 
 def _check_num_classes(split: str, classes: Collection[str], model: nn.Module) -> None:

@@ -50,18 +50,20 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
                 'not set: the batch size that its learning rate is meant for'
             )
         cfg.auto_scale_lr.enable = True
-    if args.resume is not None:
-        if args.resume.endswith(SAFETENSORS):
-            raise SystemExit(
-                f'--resume {args.resume}: a {SAFETENSORS} file holds weights alone, and nothing of '
-                "the optimizer to go on with. Name the run's .pth file, or begin a new run with these "
-                f'weights: --cfg-options load_from={args.resume}'
-            )
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else args.resume
-    if cfg.get('resume') and not cfg.get('load_from'):
-        cfg.load_from = newest_whole_checkpoint(cfg.work_dir)
-        cfg.resume = cfg.load_from is not None  # Else a new run begins, as a cluster's first try.
+    if args.resume is not None and args.resume.endswith(SAFETENSORS):
+        raise SystemExit(
+            f'--resume {args.resume}: a {SAFETENSORS} file holds weights alone, and nothing of the '
+            "optimizer to go on with. Name the run's .pth file, or begin a new run with these "
+            f'weights: --cfg-options load_from={args.resume}'
+        )
+    if args.resume == 'auto' or (
+        args.resume is None and cfg.get('resume') and not cfg.get('load_from')
+    ):
+        # Without one a new run begins, from the config's load_from: a cluster's first try.
+        found = newest_whole_checkpoint(cfg.work_dir)
+        cfg.resume, cfg.load_from = found is not None, found or cfg.get('load_from')
+    elif args.resume is not None:
+        cfg.resume, cfg.load_from = True, args.resume
     if cfg.get('load_from'):
         read_checkpoint(cfg.load_from)  # An unsafe or broken file is refused before anything else.
     if cfg.get('load_from') or cfg.get('resume'):
