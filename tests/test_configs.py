@@ -11,6 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmsvit import SViT, config_path
+from mmsvit.cli import GUARDS
 from mmsvit.svit import ARCHS
 
 SHORT = sorted((ROOT / 'configs').glob('*.py'))
@@ -51,6 +52,8 @@ def test_config_fits_together(path):
     assert cfg.auto_scale_lr.base_batch_size > 0 and not cfg.auto_scale_lr.get('enable')
     assert cfg.custom_imports.imports[0] == 'mmsvit.checkpoint'
     assert dict(type='mmsvit.CheckDatasetHook') in cfg.custom_hooks
+    assert {name: cfg.default_hooks[name].type for name in GUARDS} == GUARDS
+    assert cfg.default_hooks.checkpoint.type == 'mmsvit.SafeCheckpointHook'
 
 
 @pytest.mark.parametrize('path', SHORT, ids=lambda path: path.stem)

@@ -36,7 +36,7 @@ def options(task: str, shapes: Path, folder: Path) -> list[str | Path]:
     ]
     if task == 'upernet':
         config = 'svit_upernet_shapes.py'
-        data, own = shapes, ['train_cfg.max_iters=150', 'model.data_preprocessor.size=(64,64)']
+        data, own = shapes, ['train_cfg.max_iters=60', 'model.data_preprocessor.size=(64,64)']
     else:
         config = 'svit_classifier_shapes.py'
         data = folder / 'classification'
