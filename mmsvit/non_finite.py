@@ -123,6 +123,7 @@ class NonFiniteHook(Hook):
         self._consecutive += 1
         self.skipped += 1
         report = self._report(runner, losses)
+        self._losses = []  # Those of the second run are no part of the next step.
         if self.action == 'skip':
             for buffer, before in self._buffers:
                 buffer.copy_(before)
