@@ -28,6 +28,7 @@ HOOKS = Registry(
         'mmsvit.stop_signal',
         'mmsvit.non_finite',
         'mmsvit.bad_samples',
+        'mmsvit.visualization_hook',
     ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

@@ -1,128 +1,286 @@
-"""Pictures of super tokens: which part of an image each of them stands for."""
+"""Drawing super tokens: their borders, their mean colours, and attention from a point.
+
+All pictures are RGB, uint8, ``(height, width, 3)``.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
+import matplotlib
 import numpy as np
-import torch
-from torch import Tensor
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 
-from .super_token_attention import SuperTokenAttention
-from .svit import SViT
+from .super_token_maps import SuperTokenMap
 
-SHEET_CAPTION = 28
-"""Height in pixels of the caption above each row of a super token sheet."""
+SMALLEST_PICTURE = 640  # pixels of the longer side: smaller images are enlarged
+TILE = 480  # pixels of the longer side of a picture on a sheet
+SUPERSAMPLING = 2  # what smooths the borders
+COLOUR_MAP = 'inferno'
+TEXT = dict(family='DejaVu Sans', color='#222222', verticalalignment='center')
+DPI = 100
 
 
-def hard_assignment(attention: SuperTokenAttention, tokens: Tensor) -> Tensor:
-    """The super token that each token belongs to most.
+@dataclass(frozen=True)
+class AttentionPoint:
+    """Where attention is looked at from, and how.
+
+    Attributes:
+        x: From the left edge (0) to the right edge (1) of the image.
+        y: From the upper edge (0) to the lower edge (1).
+        of: See :meth:`SuperTokenMap.attention_from`.
+        head: The same.
+    """
+
+    x: float = 0.5
+    y: float = 0.5
+    of: str = 'pixel'
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.x <= 1 and 0 <= self.y <= 1):
+            raise ValueError(
+                f'a point is given as fractions of width and height, from 0 to 1; found '
+                f'x={self.x}, y={self.y}'
+            )
+
+    def pixel(self, image_size: tuple[int, int]) -> tuple[float, float]:
+        """Row and column in an image of this height and width."""
+        height, width = image_size
+        return self.y * (height - 1), self.x * (width - 1)
+
+
+def seen_image(preprocessor: nn.Module, normalised: Tensor, size: Sequence[int]) -> np.ndarray:
+    """The image that the backbone got, in colours again.
 
     Args:
-        attention: A layer that samples super tokens.
-        tokens: Its input, ``(N, H, W, C)``.
+        preprocessor: The model's ``data_preprocessor``.
+        normalised: One image as it comes from there, ``(3, H, W)``.
+        size: Height and width of the image without the padding at its bottom and right.
 
-    Returns:
-        Numbers of super tokens, counted row by row over the grid, int64 ``(N, H, W)``.
+    Raises:
+        ValueError: The image does not have three channels.
     """
-    _, association = attention.sample(tokens)
-    n, grid_h, grid_w, _, _ = association.shape
-    h, w = attention.super_token_size
-    around = torch.arange(-1, 2, device=tokens.device)
-    rows = torch.arange(grid_h, device=tokens.device)[:, None, None] + around.repeat_interleave(3)
-    columns = torch.arange(grid_w, device=tokens.device)[:, None] + around.repeat(3)
-    inside = (rows >= 0) & (rows < grid_h) & (columns >= 0) & (columns < grid_w)
-    numbers = (rows * grid_w + columns).expand(n, -1, -1, -1)
-    nearest = association.masked_fill(~inside[None, ..., None], -1).argmax(dim=3)
-    labels = numbers.gather(-1, nearest).reshape(n, grid_h, grid_w, h, w)
-    labels = labels.transpose(2, 3).reshape(n, grid_h * h, grid_w * w)
-    return labels[:, : tokens.shape[1], : tokens.shape[2]]
+    if normalised.shape[0] != 3:
+        raise ValueError(f'only images of 3 channels can be drawn, found {normalised.shape[0]}')
+    image = normalised.detach().float().cpu()
+    for name, combine in (('std', Tensor.mul), ('mean', Tensor.add)):
+        if isinstance(getattr(preprocessor, name, None), Tensor):
+            image = combine(image, getattr(preprocessor, name).reshape(3, 1, 1).cpu())
+    image = image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    # MMEngine, MMSegmentation and MMPretrain, in this order, say so when BGR becomes RGB.
+    flags = ('_channel_conversion', 'channel_conversion', 'to_rgb')
+    if not any(getattr(preprocessor, flag, False) for flag in flags):
+        image = image[..., ::-1]
+    return np.ascontiguousarray(image[: size[0], : size[1]])
 
 
-@torch.no_grad()
-def tessellate(backbone: SViT, images: Tensor) -> dict[int, Tensor]:
-    """Run the backbone and see how its stages divide the images into super tokens.
-
-    Args:
-        backbone: In evaluation mode.
-        images: Normalised images, ``(N, C, H, W)``.
-
-    Returns:
-        For each stage (counted from 0) with super tokens, :func:`hard_assignment` of its
-        last block.
-    """
-    labels: dict[int, Tensor] = {}
-    with ExitStack() as hooks:
-        for i, stage in enumerate(backbone.stages):
-            attention = stage.blocks[-1].attn
-            if attention.samples:
-
-                def record(module, inputs, i=i):
-                    labels[i] = hard_assignment(module, inputs[0])
-
-                hooks.callback(attention.register_forward_pre_hook(record).remove)
-        backbone(images)
-    return labels
+def fit(image: np.ndarray, longer_side: int) -> np.ndarray:
+    """Resize an image so that its longer side has this many pixels."""
+    scale = longer_side / max(image.shape[:2])
+    size = [max(round(n * scale), 1) for n in image.shape[1::-1]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
 
 
 def draw_tessellation(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Draw super tokens over an image.
 
     Args:
-        image: uint8 ``(H, W, 3)``.
-        labels: The super token of each pixel, integers ``(H, W)``.
+        image: The picture to draw on.
+        labels: The super token of each pixel, integers, an integer multiple of the image's
+            size; the larger, the smoother the borders.
 
     Returns:
-        Two uint8 pictures of ``(H, W, 3)``: the image with the borders between super
-        tokens, and every super token in the mean colour of its pixels.
+        The image with the borders between super tokens, and every super token in the mean
+        colour of its pixels.
     """
+    height, width = image.shape[:2]
+    fine = cv2.resize(image, labels.shape[::-1], interpolation=cv2.INTER_LINEAR)
     _, flat = np.unique(labels, return_inverse=True)
     flat = flat.ravel()
     counts = np.bincount(flat)
-    means = np.stack(
-        [np.bincount(flat, image[..., c].ravel()) / counts for c in range(image.shape[2])], axis=1
-    )
-    mosaic = means[flat].reshape(image.shape).round().astype(np.uint8)
-    border = np.zeros(labels.shape, bool)
+    means = np.stack([np.bincount(flat, fine[..., c].ravel()) / counts for c in range(3)], axis=1)
+    mosaic = means[flat].reshape(fine.shape).astype(np.float32)
+    mosaic = cv2.resize(mosaic, (width, height), interpolation=cv2.INTER_AREA)
+
+    border = np.zeros(labels.shape, np.uint8)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     border[1:] |= labels[1:] != labels[:-1]
-    outlined = image.copy()
-    outlined[border] = 255
-    return outlined, mosaic
+    # With a shadow, to be seen on white.
+    line = cv2.dilate(border, np.ones((2, 2), np.uint8)).astype(np.float32)
+    shadow = cv2.GaussianBlur(line, (0, 0), 3)
+    line, shadow = (
+        cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA)[..., None]
+        for mask in (line, shadow)
+    )
+    outlined = image * (1 - 0.45 * shadow)
+    outlined = outlined * (1 - 0.9 * line) + 255 * 0.9 * line
+    return outlined.round().astype(np.uint8), mosaic.round().astype(np.uint8)
+
+
+def draw_attention(
+    image: np.ndarray, weights: np.ndarray, point: tuple[float, float]
+) -> tuple[np.ndarray, float]:
+    """Draw attention over an image.
+
+    Args:
+        image: The picture to draw on.
+        weights: For each pixel, see :meth:`SuperTokenMap.attention_from`.
+        point: Row and column in the picture of the ring to draw.
+
+    Returns:
+        The picture, and the weight that the brightest colour stands for. Black is 0.
+    """
+    top = max(float(np.quantile(weights, 0.998)), 1e-6)
+    colours = matplotlib.colormaps[COLOUR_MAP](np.clip(weights / top, 0, 1))[..., :3] * 255
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
+    # The image only gives relief to the colours, whose brightness carries the weights.
+    picture = colours * (0.62 + 0.38 * grey / 255) + 0.16 * grey * (1 - colours / 255)
+    picture = np.ascontiguousarray(picture.round().clip(0, 255).astype(np.uint8))
+    draw_ring(picture, point)
+    return picture, top
+
+
+def draw_ring(picture: np.ndarray, point: tuple[float, float]) -> None:
+    """Draw a ring around a point, (row, column), into a picture."""
+    shift = 4  # fractional bits of a pixel
+    centre = (round(point[1] * 2**shift), round(point[0] * 2**shift))
+    radius = max(picture.shape[:2]) / 60
+    for colour, width in (((20, 20, 20), radius / 1.6), ((255, 255, 255), radius / 3.6)):
+        cv2.circle(
+            *(picture, centre, round(radius * 2**shift), colour),
+            *(max(round(width), 1), cv2.LINE_AA, shift),
+        )
+
+
+@dataclass(frozen=True)
+class StagePictures:
+    """The pictures of one stage.
+
+    Attributes:
+        caption: What they show, in words.
+        borders: The image with the borders of its super tokens.
+        colours: Every super token in its mean colour.
+        attention: Attention from the point.
+        top: What the brightest colour of ``attention`` stands for, in multiples of the mean.
+    """
+
+    caption: str
+    borders: np.ndarray
+    colours: np.ndarray
+    attention: np.ndarray
+    top: float
+
+
+def draw_stage(
+    image: np.ndarray, maps: SuperTokenMap, point: AttentionPoint, longer_side: int
+) -> StagePictures:
+    """All pictures of one layer's super tokens.
+
+    Args:
+        image: What the backbone got, without padding.
+        maps: From :class:`SuperTokenRecorder`.
+        point: Where attention is looked at from.
+        longer_side: Size of the pictures in pixels.
+    """
+    image_size = image.shape[:2]
+    picture = fit(image, longer_side)
+    size = picture.shape[:2]
+    fine = tuple(SUPERSAMPLING * n for n in size)
+    labels = maps.hard_assignment(fine, image_size, smooth=True).numpy()
+    borders, colours = draw_tessellation(picture, labels)
+    weights = maps.attention_from(point.pixel(image_size), point.of, point.head)
+    weights = maps.to_pixels(weights, size, image_size).numpy()
+    attention, top = draw_attention(picture, weights, point.pixel(size))
+    return StagePictures(_caption(maps), borders, colours, attention, top)
+
+
+def _caption(maps: SuperTokenMap) -> str:
+    (h, w), (rows, columns), stride = maps.cell_size, maps.grid, maps.stride
+    if maps.samples:
+        what = f'{columns}×{rows} super tokens, each begun as {w}×{h} tokens ({w * stride}×'
+        what += f'{h * stride} pixels)'
+    else:
+        what = f'each of {columns}×{rows} tokens is its own super token ({stride}×{stride} pixels)'
+    return f'Stage {maps.stage + 1}, block {maps.block + 1} of {maps.num_blocks}: {what}'
+
+
+class _Sheet:
+    """A white page on which pictures and text have their places in pixels."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.height = height
+        self.figure = Figure((width / DPI, height / DPI), dpi=DPI, facecolor='white')
+        self.canvas = FigureCanvasAgg(self.figure)
+
+    def picture(self, picture: np.ndarray, x: int, y: int) -> None:
+        """Place a picture with its upper left corner at x, y."""
+        # figimage counts from the bottom.
+        self.figure.figimage(picture, x, self.height - y - picture.shape[0], origin='upper')
+
+    def text(self, text: str, x: int, y: int, size: float, **style: str) -> None:
+        """Write a line that begins at x and is centred on y."""
+        width = self.figure.get_figwidth() * DPI
+        style = {**TEXT, **style}
+        # Names of files are no mathematics, whatever dollars they contain.
+        self.figure.text(
+            x / width, 1 - y / self.height, text, fontsize=size, parse_math=False, **style
+        )
+
+    def render(self) -> np.ndarray:
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
 
 def super_token_sheet(
-    image: np.ndarray, labels: dict[int, Tensor], image_size: tuple[int, int], height: int = 360
+    image: np.ndarray,
+    maps: Sequence[SuperTokenMap],
+    point: AttentionPoint = AttentionPoint(),
+    title: str = '',
+    note: str = '',
 ) -> np.ndarray:
-    """One picture of an image's super tokens: a row for each stage.
+    """One picture of all super tokens of an image: a row for each stage.
 
     Args:
-        image: uint8 ``(H, W, 3)``.
-        labels: Of one image, from :func:`tessellate`, each ``(tokens high, tokens wide)``.
-        image_size: Height and width of the input that the labels are of, in pixels of
-            ``image``: with the padding at its bottom and right.
-        height: Height of each image in the sheet, in pixels.
-
-    Returns:
-        uint8 ``(height of the sheet, width, 3)``: image, borders, mean colours.
+        image: What the backbone got, without padding.
+        maps: From :class:`SuperTokenRecorder`.
+        point: Where attention is looked at from.
+        title: First line.
+        note: Below it, such as whose weights these are.
     """
-    width = round(image.shape[1] * height / image.shape[0])
-    large = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-    scale = height / image.shape[0]
-    rows = []
-    for stage, stage_labels in sorted(labels.items()):
-        padded = (round(image_size[1] * scale), round(image_size[0] * scale))
-        pixels = cv2.resize(
-            stage_labels.cpu().numpy().astype(np.int32).astype(np.float32),
-            padded,
-            interpolation=cv2.INTER_NEAREST,
-        ).astype(np.int64)[:height, :width]
-        outlined, mosaic = draw_tessellation(large, pixels)
-        caption = np.full((SHEET_CAPTION, 3 * width, 3), 255, np.uint8)
-        text = f'stage {stage + 1}: {len(np.unique(pixels))} super tokens'
-        cv2.putText(
-            caption, text, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (40, 40, 40), 1, cv2.LINE_AA
-        )
-        rows += [caption, np.hstack([large, outlined, mosaic])]
-    return np.vstack(rows)
+    margin, gap, head, caption, bar = 28, 14, 74, 40, 34
+    tile = fit(image, TILE)
+    draw_ring(tile, point.pixel(tile.shape[:2]))
+    height, width = tile.shape[:2]
+    row = caption + height + bar
+    sheet = _Sheet(2 * margin + 4 * width + 3 * gap, head + len(maps) * row + margin // 2)
+    sheet.text(title, margin, 30, 15, weight='bold')
+    sheet.text(note, margin, 56, 9.5, color='#666666')
+    columns = [margin + i * (width + gap) for i in range(4)]
+    for i, stage_map in enumerate(maps):
+        stage = draw_stage(image, stage_map, point, TILE)
+        top = head + i * row
+        sheet.text(stage.caption, margin, top + caption // 2 + 2, 11)
+        pictures = (tile, stage.borders, stage.colours, stage.attention)
+        names = ('what the network sees', 'super tokens', 'their mean colours')
+        for x, picture in zip(columns, pictures):
+            sheet.picture(picture, x, top + caption)
+        for x, name in zip(columns, names):
+            sheet.text(name, x, top + caption + height + bar // 2, 9.5, color='#666666')
+        _colour_bar(sheet, columns[3], top + caption + height + bar // 2, width, stage.top)
+    return sheet.render()
+
+
+def _colour_bar(sheet: _Sheet, x: int, y: int, width: int, top: float) -> None:
+    """What the colours of attention mean, in one line below the picture."""
+    length, thickness, end = round(0.25 * width), 10, x + width - 88
+    ramp = matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, length))[None, :, :3] * 255
+    ramp = np.repeat(ramp, thickness, axis=0).round().astype(np.uint8)
+    sheet.text('attention from the ring', x, y, 9.5, color='#666666')
+    sheet.text('0', end - length - 8, y, 9.5, color='#666666', ha='right')
+    sheet.picture(ramp, end - length, y - thickness // 2)
+    sheet.text(f'{top:.3g}× mean', end + 8, y, 9.5, color='#666666')

@@ -1,7 +1,13 @@
-r"""Draw the super tokens of images, as one PNG for each image.
+r"""Draw the super tokens of images: a sheet for each image, and each picture of it by itself.
 
     python tools/visualize_super_tokens.py photo.jpg --config configs/svit_maskrcnn_coco.py \
         --checkpoint checkpoints/stvit-small-224.pth
+    python tools/visualize_super_tokens.py photos/ 'more/**/*.png' --config CONFIG \
+        --checkpoint CHECKPOINT --point 0.3 0.6 --of super_token
+
+For each stage with super tokens: their borders, their mean colours, and where attention looks
+from a point. The images go through the test pipeline of the config, and are drawn as the
+network sees them.
 """
 
 from __future__ import annotations
@@ -12,73 +18,128 @@ from pathlib import Path
 import cv2
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
 from rich.progress import track
 
-from mmsvit import SViT
-from mmsvit.checkpoint import load_pretrained, trust_checkpoints
+from mmsvit.checkpoint import trust_checkpoints
 from mmsvit.cli import add_trust_option
-from mmsvit.visualization import super_token_sheet, tessellate
+from mmsvit.image_files import find_images
+from mmsvit.inference import ImageModel
+from mmsvit.visualization import SMALLEST_PICTURE, AttentionPoint, draw_stage, super_token_sheet
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('images', nargs='+', type=Path, help='image files')
+    parser.add_argument('images', nargs='+', help='image files, folders, patterns in quotes')
     parser.add_argument('--config', required=True, help='config of a model around SViT')
     parser.add_argument(
         '--checkpoint',
-        required=True,
-        help="a runner's checkpoint, or the authors' ImageNet weights",
+        help="a runner's checkpoint or the authors' ImageNet weights; without one the weights are "
+        'random, and the pictures say so',
     )
+    parser.add_argument(
+        '--stage',
+        type=int,
+        nargs='+',
+        help='which stages, from 1; by default all that have super tokens',
+    )
+    parser.add_argument(
+        '--block', type=int, help='which block of the stages, from 1; by default the last'
+    )
+    parser.add_argument(
+        '--point',
+        type=float,
+        nargs=2,
+        metavar=('X', 'Y'),
+        default=(0.5, 0.5),
+        help='where attention is looked at from: fractions of width and height, 0 0 is the upper '
+        'left corner',
+    )
+    parser.add_argument(
+        '--of',
+        choices=['pixel', 'super_token'],
+        default='pixel',
+        help='attention of the point itself, a mixture of the super tokens around it, or of the '
+        'one super token that it belongs to most',
+    )
+    parser.add_argument('--head', type=int, help='one head, from 1; by default their mean')
     parser.add_argument('--out-dir', type=Path, default=Path('super_tokens'))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     add_trust_option(parser)
     args = parser.parse_args()
-    absent = [str(path) for path in args.images if not path.is_file()]
-    if absent:
-        parser.error(f'no such image: {", ".join(absent)}')
-    if not Path(args.checkpoint).is_file():
-        parser.error(f'no such checkpoint: {args.checkpoint}')
+    for name in ('block', 'head'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f'--{name} counts from 1')
+    try:
+        args.images = find_images(args.images)
+        head = None if args.head is None else args.head - 1
+        args.point = AttentionPoint(*args.point, args.of, head)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     if len({path.stem for path in args.images}) < len(args.images):
         parser.error('two images have the same name, and so would their pictures')
+    if args.checkpoint is not None and not Path(args.checkpoint).is_file():
+        parser.error(f'no such checkpoint: {args.checkpoint}')
     return args
+
+
+def check_images(paths: list[Path]) -> None:
+    """Refuse what is no image before anything is drawn."""
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except (OSError, SyntaxError) as error:
+            raise SystemExit(f'{path} is not an image that can be read: {error}') from error
+
+
+def build(args: argparse.Namespace) -> ImageModel:
+    """The model of the config with the weights of the checkpoint."""
+    torch.manual_seed(0)
+    try:
+        model = ImageModel(Config.fromfile(args.config), args.device)
+        if args.checkpoint is not None:
+            model.load_backbone(args.checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f'{args.config}: {error}') from error
+    return model
+
+
+def draw(path: Path, model: ImageModel, args: argparse.Namespace) -> None:
+    """Write the pictures of one image."""
+    stages = None if args.stage is None else [stage - 1 for stage in args.stage]
+    block = -1 if args.block is None else args.block - 1
+    image, maps = model.super_tokens(model.prepare(path), stages, block)
+    if not maps:
+        raise ValueError('no stage of this backbone samples super tokens; name one with --stage')
+    weights = Path(args.checkpoint).name if args.checkpoint else 'random, nothing was trained'
+    note = f'{image.shape[1]}×{image.shape[0]} pixels. Config: {Path(args.config).name}. Weights: '
+    pictures = {'': super_token_sheet(image, maps, args.point, path.name, note + weights)}
+    for stage_map in maps:
+        stage = draw_stage(image, stage_map, args.point, max(SMALLEST_PICTURE, *image.shape[:2]))
+        for name in ('borders', 'colours', 'attention'):
+            pictures[f'_stage{stage_map.stage + 1}_{name}'] = getattr(stage, name)
+    for suffix, picture in pictures.items():
+        file = args.out_dir / f'{path.stem}{suffix}.png'
+        if not cv2.imwrite(str(file), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
+            raise OSError(f'cannot write {file}')
 
 
 def main() -> None:
     args = parse_args()
     if args.trust_checkpoint:
         trust_checkpoints()
-    cfg = Config.fromfile(args.config)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
-    if not isinstance(backbone, SViT):
-        raise SystemExit(f'{args.config} has a {type(backbone).__name__} as backbone, not an SViT')
-    load_pretrained(backbone, args.checkpoint)
-    backbone.to(args.device).eval()
-    preprocessor = MODELS.build(cfg.model.get('data_preprocessor') or cfg.data_preprocessor).to(
-        args.device
-    )
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    pipeline = Compose(
-        [step for step in dataset.pipeline if 'LoadAnnotations' not in str(step['type'])]
-    )
-
+    check_images(args.images)
+    model = build(args)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for path in track(args.images, description='super tokens'):
-        data = pipeline(dict(img_path=str(path), img_id=0))
-        image = data['inputs'].permute(1, 2, 0).numpy()
-        inputs = preprocessor(pseudo_collate([data]), False)['inputs']
-        labels = {stage: maps[0] for stage, maps in tessellate(backbone, inputs).items()}
-        if not labels:
-            raise SystemExit('no stage of this backbone samples super tokens: all sizes are 1')
-        sheet = super_token_sheet(image, labels, tuple(inputs.shape[2:]))
-        cv2.imwrite(str(args.out_dir / f'{path.stem}.png'), sheet)
-    print(f'wrote {len(args.images)} pictures to {args.out_dir}')
+        try:
+            draw(path, model, args)
+        except ValueError as error:
+            raise SystemExit(f'{path}: {error}') from error
+    print(f'wrote the sheets and pictures of {len(args.images)} images to {args.out_dir}/')
 
 
 if __name__ == '__main__':

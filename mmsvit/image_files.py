@@ -1,0 +1,79 @@
+"""Finding images on the command line, and reading those of strangers."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF')
+
+
+def find_images(names: Sequence[str]) -> list[Path]:
+    """The images that files, folders and glob patterns name, each once, in order.
+
+    Args:
+        names: Paths of files, of folders (the images directly in them), or patterns such as
+            ``'photos/**/*.jpg'``.
+
+    Raises:
+        FileNotFoundError: One of them names no image.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_file():
+            paths = [path]
+        elif path.is_dir():
+            paths = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
+        else:
+            paths = [Path(file) for file in sorted(glob.glob(name, recursive=True))]
+            paths = [file for file in paths if file.suffix.lower() in SUFFIXES]
+        if not paths:
+            raise FileNotFoundError(
+                f'{name!r} is no image, no folder with images and no pattern that finds any; looked '
+                f'for {", ".join(SUFFIXES)}'
+            )
+        found.update(dict.fromkeys(paths))
+    return list(found)
+
+
+def read_image(path: str | Path, max_bytes: int, max_pixels: int) -> Image.Image:
+    """Read an image that may be anything, as RGB, upright.
+
+    Its size is read from its head, before memory is spent on its pixels.
+
+    Args:
+        path: The file, whatever it is called.
+        max_bytes: The largest file to open.
+        max_pixels: The most pixels to decode.
+
+    Raises:
+        ValueError: It is no image, a broken one, or larger than allowed.
+    """
+    size = Path(path).stat().st_size
+    if size > max_bytes:
+        raise ValueError(
+            f'The file has {size / 1e6:.1f} MB. At most {max_bytes / 1e6:g} MB are read.'
+        )
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ValueError(
+                    f'The image has {width} x {height} pixels, {width * height / 1e6:.1f} million. '
+                    f'At most {max_pixels / 1e6:g} million are read: make it smaller.'
+                )
+            return ImageOps.exif_transpose(image).convert('RGB')
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f'The image is too large: at most {max_pixels / 1e6:g} million pixels are read.'
+        ) from error
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError(
+            f'This is not an image that can be read, or a part of it is missing. Kinds that can be '
+            f'read: {", ".join(FORMATS)}.'
+        ) from error

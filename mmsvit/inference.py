@@ -1,0 +1,125 @@
+"""A config's model on single images: its predictions, and the super tokens of its backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import load_state_dict
+from mmengine.structures import BaseDataElement
+from torch import nn
+
+from .checkpoint import load_pretrained, model_state_dict, read_checkpoint
+from .super_token_maps import SuperTokenMap, SuperTokenRecorder
+from .svit import SViT
+from .visualization import seen_image
+
+
+def find_backbone(model: nn.Module) -> SViT:
+    """The SViT in a model, wherever it is.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for module in model.modules():
+        if isinstance(module, SViT):
+            return module
+    raise ValueError(
+        f'{type(model).__name__} has no mmsvit.SViT; its backbone is '
+        f'{type(getattr(model, "backbone", None)).__name__}'
+    )
+
+
+def _test_dataset(cfg: Config) -> dict:
+    if cfg.get('test_dataloader') is None:
+        raise ValueError('the config has no test_dataloader, whose pipeline is wanted')
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # a wrapper, such as RepeatDataset
+        dataset = dataset.dataset
+    return dataset
+
+
+def _dataset_meta(cfg: Config) -> dict[str, Any]:
+    """Classes and colours of the test data, without reading any of it."""
+    dataset = _test_dataset(cfg)
+    kind = dataset.type if isinstance(dataset.type, type) else DATASETS.get(dataset.type)
+    meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
+    return {key.lower(): value for key, value in meta.items()}
+
+
+class ImageModel:
+    """A model of MMDetection, MMSegmentation or MMPretrain around SViT, for single images.
+
+    Images go through the pipeline of the config's ``test_dataloader``, without annotations.
+
+    Args:
+        cfg: The config.
+        device: Where it runs.
+    """
+
+    def __init__(self, cfg: Config, device: str | torch.device = 'cpu') -> None:
+        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        model_cfg = cfg.model
+        if cfg.get('data_preprocessor') is not None:  # As the runner does.
+            model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+        steps = [
+            step for step in _test_dataset(cfg).pipeline if 'Annotations' not in str(step['type'])
+        ]
+        self.cfg = cfg
+        self.pipeline = Compose(steps)
+        # SyncBN is for training on several GPUs.
+        self.model = revert_sync_batchnorm(MODELS.build(model_cfg)).to(device).eval()
+        self.backbone = find_backbone(self.model)
+        self.dataset_meta = _dataset_meta(cfg)
+
+    def load_backbone(self, checkpoint: str | Path) -> None:
+        """Load the backbone's weights alone; see :func:`mmsvit.checkpoint.load_pretrained`."""
+        load_pretrained(self.backbone, checkpoint)
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Load the whole model, exactly or not at all.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            RuntimeError, ValueError: It cannot be read, or it does not fit.
+        """
+        read = read_checkpoint(checkpoint)
+        load_state_dict(self.model, model_state_dict(read), strict=True)
+        meta = read.get('meta') or {}
+        self.dataset_meta.update(meta.get('dataset_meta') or {})
+
+    def prepare(self, path: str | Path) -> dict:
+        """Read an image and run the pipeline on it."""
+        return self.pipeline(dict(img_path=str(path), img_id=0))
+
+    @torch.no_grad()
+    def super_tokens(
+        self, data: dict, stages: Sequence[int] | None = None, block: int = -1
+    ) -> tuple[np.ndarray, list[SuperTokenMap]]:
+        """Run the backbone.
+
+        Args:
+            data: From :meth:`prepare`.
+            stages: See :class:`SuperTokenRecorder`.
+            block: The same.
+
+        Returns:
+            The image that the backbone got, RGB without padding, and the map of each stage.
+        """
+        batch = self.model.data_preprocessor(pseudo_collate([data]), False)
+        with SuperTokenRecorder(self.backbone, stages, block) as recorder:
+            self.backbone(batch['inputs'])
+        preprocessor, size = self.model.data_preprocessor, data['inputs'].shape[-2:]
+        return seen_image(preprocessor, recorder.images[0], size), recorder.maps()[0]
+
+    @torch.no_grad()
+    def predict(self, data: dict) -> BaseDataElement:
+        """The model's prediction for what :meth:`prepare` returned."""
+        return self.model.test_step(pseudo_collate([data]))[0]
