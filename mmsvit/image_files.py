@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,8 +29,12 @@ def find_images(names: Sequence[str]) -> list[Path]:
         elif path.is_dir():
             paths = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
         else:
-            paths = [Path(file) for file in sorted(glob.glob(name, recursive=True))]
-            paths = [file for file in paths if file.suffix.lower() in SUFFIXES]
+            pattern = path.relative_to(path.anchor)
+            paths = [
+                file
+                for file in sorted(Path(path.anchor).glob(str(pattern)))
+                if file.suffix.lower() in SUFFIXES
+            ]
         if not paths:
             raise FileNotFoundError(
                 f'{name!r} is no image, no folder with images and no pattern that finds any; looked '

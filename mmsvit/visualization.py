@@ -202,10 +202,10 @@ def draw_stage(
 def _caption(maps: SuperTokenMap) -> str:
     (h, w), (rows, columns), stride = maps.cell_size, maps.grid, maps.stride
     if maps.samples:
-        what = f'{columns}×{rows} super tokens, each begun as {w}×{h} tokens ({w * stride}×'
+        what = f'{columns}x{rows} super tokens, each begun as {w}x{h} tokens ({w * stride}x'
         what += f'{h * stride} pixels)'
     else:
-        what = f'each of {columns}×{rows} tokens is its own super token ({stride}×{stride} pixels)'
+        what = f'each of {columns}x{rows} tokens is its own super token ({stride}x{stride} pixels)'
     return f'Stage {maps.stage + 1}, block {maps.block + 1} of {maps.num_blocks}: {what}'
 
 
@@ -283,4 +283,4 @@ def _colour_bar(sheet: _Sheet, x: int, y: int, width: int, top: float) -> None:
     sheet.text('attention from the ring', x, y, 9.5, color='#666666')
     sheet.text('0', end - length - 8, y, 9.5, color='#666666', ha='right')
     sheet.picture(ramp, end - length, y - thickness // 2)
-    sheet.text(f'{top:.3g}× mean', end + 8, y, 9.5, color='#666666')
+    sheet.text(f'{top:.3g}x mean', end + 8, y, 9.5, color='#666666')

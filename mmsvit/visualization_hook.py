@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from torch import nn
 
 from .inference import find_backbone
 from .registry import HOOKS
 from .super_token_maps import SuperTokenRecorder
 from .visualization import AttentionPoint, seen_image, super_token_sheet
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
 
 
 @HOOKS.register_module()
@@ -52,25 +57,42 @@ class SuperTokenVisualizationHook(Hook):
         self._drawn = 0
         self._recorder: SuperTokenRecorder | None = None
 
-    def _start(self, runner: Runner, max_images: int) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._recorder = SuperTokenRecorder(
-            find_backbone(model), self.stages, self.block, max_images
+    def _record(self, runner: Runner, max_images: int) -> SuperTokenRecorder:
+        return SuperTokenRecorder(
+            find_backbone(_unwrap(runner.model)), self.stages, self.block, max_images
         )
+
+    def before_run(self, runner: Runner) -> None:
+        """Refuse a model that cannot be drawn before it is trained.
+
+        Raises:
+            ValueError: It has no SViT, or that has no such stage or block, or its input is no
+                colour image.
+        """
+        backbone = self._record(runner, 1).backbone
+        if backbone.in_channels != 3:
+            raise ValueError(
+                f'only images of 3 channels can be drawn, found in_channels={backbone.in_channels}'
+            )
+
+    def _start(self, runner: Runner, max_images: int) -> None:
+        self._recorder = self._record(runner, max_images)
         self._recorder.__enter__()
 
     def _draw(self, runner: Runner, data_batch: dict, name: str, step: int) -> int:
         """Draw what was recorded since the step began, and stop recording."""
         recorder, self._recorder = self._recorder, None
         recorder.__exit__()
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         all_maps = recorder.maps()
         for i, maps in enumerate(all_maps):
-            size = data_batch['inputs'][i].shape[-2:]
-            image = seen_image(model.data_preprocessor, recorder.images[i], size)
-            number = f'_{self._drawn + i}' if name != 'train' else ''
+            inputs = data_batch['inputs']
+            # Several branches, as for semi-supervised training, come as a dict.
+            images = recorder.images if isinstance(inputs, dict) else inputs
+            preprocessor = _unwrap(runner.model).data_preprocessor
+            image = seen_image(preprocessor, recorder.images[i], images[i].shape[-2:])
+            number = '' if name == 'train' else f'_{self._drawn + i}'
             sheet = super_token_sheet(image, maps, self.point, f'{name}, step {step}')
-            runner.visualizer.add_image(f'super_tokens/{name}{number}', sheet, step)
+            runner.visualizer.add_image(f'super_tokens_{name}{number}', sheet, step)
         return len(all_maps)
 
     def before_train_iter(

@@ -1,4 +1,4 @@
-"""Make a data set, train, evaluate, draw, and sum up: what quickstart.sh does after installation.
+"""Make a data set, train, evaluate, draw, and report: what quickstart.sh does after installation.
 
 Runs the commands that a user would run, and shows them.
 """
@@ -19,13 +19,15 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from mmsvit.visualization import SHEET_CAPTION
+from mmsvit.html_report import HtmlReport
+from mmsvit.training_curves import choose_metrics, draw_curves, read_curves
 
 CONFIG = 'configs/svit_maskrcnn_shapes.py'
 DATA = Path('data/shapes')
 WORK_DIR = Path('work_dirs/quickstart')
 NUM_PICTURES = 4
 TILE = 240
+SCORES = ('', 'AP', 'AP50', 'AP75')
 
 console = Console()
 
@@ -64,21 +66,45 @@ def latest_metrics(folder: Path) -> dict[str, float]:
 
 
 def contact_sheet(images: list[Path], predictions: Path, super_tokens: Path) -> np.ndarray:
-    """Truth, prediction, and two pictures of stage 1's super tokens: a row for each image, BGR."""
+    """Truth, prediction, and stage 1's super tokens and attention: a row for each image, RGB."""
     rows = []
     for image in images:
-        truth, prediction = np.hsplit(cv2.imread(str(predictions / image.name)), 2)
-        sheet = cv2.imread(str(super_tokens / f'{image.stem}.png'))
-        # A sheet has a caption above three squares for each stage: image, borders, colours.
-        side = sheet.shape[1] // 3
-        first = sheet[SHEET_CAPTION : SHEET_CAPTION + side]
-        tiles = [truth, prediction, first[:, side : 2 * side], first[:, 2 * side :]]
+        tiles = np.hsplit(cv2.imread(str(predictions / image.name)), 2)
+        for name in ('borders', 'colours', 'attention'):
+            tiles.append(cv2.imread(str(super_tokens / f'{image.stem}_stage1_{name}.png')))
         rows.append(
             np.hstack(
                 [cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA) for tile in tiles]
             )
         )
-    return np.vstack(rows)
+    return cv2.cvtColor(np.vstack(rows), cv2.COLOR_BGR2RGB)
+
+
+def write_report(file: Path, scores: list[list[str]], sheet: np.ndarray, checkpoint: Path) -> None:
+    """Results, curves and pictures in one HTML file."""
+    report = HtmlReport('SViT Mask R-CNN on generated shapes')
+    report.text(
+        f'A small model, trained from scratch on {DATA} by {CONFIG}. It shows that everything '
+        'works together, and says nothing about COCO.'
+    )
+    report.heading('AP on the validation images, which training has not seen')
+    report.table(SCORES, scores)
+    report.heading('Training')
+    curves = read_curves(WORK_DIR)
+    figure = draw_curves({'': curves}, ['loss'], choose_metrics(sorted(curves)))
+    report.figure(figure, 'Loss of each step, and AP on the validation images after each epoch.')
+    report.heading('Predictions and super tokens')
+    report.picture(
+        sheet,
+        'From left to right: the truth, the prediction, the super tokens of stage 1, their mean '
+        'colours, and where attention looks from the ring (bright: more).',
+    )
+    report.heading('Your own picture')
+    report.code(
+        f'python tools/visualize_super_tokens.py photo.jpg --config {CONFIG} \\\n'
+        f'    --checkpoint {checkpoint}'
+    )
+    report.write(file)
 
 
 def main() -> None:
@@ -111,23 +137,27 @@ def main() -> None:
         *('--checkpoint', checkpoint, '--out-dir', super_tokens),
     )
 
-    picture = WORK_DIR / 'quickstart.png'
-    cv2.imwrite(str(picture), contact_sheet(images, predictions, super_tokens))
     metrics = latest_metrics(WORK_DIR / 'test')
+    scores = [
+        [name, *(f'{metrics[f"coco/{kind}_mAP{suffix}"]:.3f}' for suffix in ('', '_50', '_75'))]
+        for name, kind in (('box', 'bbox'), ('mask', 'segm'))
+    ]
+    sheet = contact_sheet(images, predictions, super_tokens)
+    report = WORK_DIR / 'report.html'
+    write_report(report, scores, sheet, checkpoint)
     table = Table(title='AP on the validation images, which training has not seen')
-    for column in ('', 'AP', 'AP50', 'AP75'):
+    for column in SCORES:
         table.add_column(column, justify='right' if column else 'left')
-    for name, kind in (('box', 'bbox'), ('mask', 'segm')):
-        values = [metrics[f'coco/{kind}_mAP{suffix}'] for suffix in ('', '_50', '_75')]
-        table.add_row(name, *(f'{value:.3f}' for value in values))
+    for row in scores:
+        table.add_row(*row)
     console.rule('Summary')
     console.print(table)
     took = ', '.join(f'{name} {value:.0f}' for name, value in seconds.items())
     console.print(
         f'Seconds:      {took}\n'
         f'Checkpoint:   {checkpoint}\n'
-        f'Picture:      {picture} (truth, prediction, super tokens of stage 1)\n'
-        f'More:         {predictions}/ and {super_tokens}/\n\n'
+        f'Report:       {report} (curves, predictions, super tokens; opens in any browser)\n'
+        f'Pictures:     {predictions}/ and {super_tokens}/\n\n'
         'Next, on COCO: put the data under data/coco/ and the ImageNet weights under checkpoints/,\n'
         f'then  {sys.executable} tools/train.py configs/svit_maskrcnn_coco.py',
         highlight=False,

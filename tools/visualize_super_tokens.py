@@ -115,7 +115,7 @@ def draw(path: Path, model: ImageModel, args: argparse.Namespace) -> None:
     if not maps:
         raise ValueError('no stage of this backbone samples super tokens; name one with --stage')
     weights = Path(args.checkpoint).name if args.checkpoint else 'random, nothing was trained'
-    note = f'{image.shape[1]}×{image.shape[0]} pixels. Config: {Path(args.config).name}. Weights: '
+    note = f'{image.shape[1]}x{image.shape[0]} pixels. Config: {Path(args.config).name}. Weights: '
     pictures = {'': super_token_sheet(image, maps, args.point, path.name, note + weights)}
     for stage_map in maps:
         stage = draw_stage(image, stage_map, args.point, max(SMALLEST_PICTURE, *image.shape[:2]))
