@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from mmengine.runner import load_state_dict
 from mmengine.structures import BaseDataElement
+from PIL import Image
 from torch import nn
 
 from .checkpoint import load_pretrained, model_state_dict, read_checkpoint
@@ -123,3 +125,54 @@ class ImageModel:
     def predict(self, data: dict) -> BaseDataElement:
         """The model's prediction for what :meth:`prepare` returned."""
         return self.model.test_step(pseudo_collate([data]))[0]
+
+    def draw_prediction(
+        self, image: np.ndarray, sample: BaseDataElement, threshold: float = 0.3
+    ) -> np.ndarray:
+        """Draw a prediction by the visualizer of the config's library.
+
+        Args:
+            image: As in the file, RGB, uint8.
+            sample: From :meth:`predict`.
+            threshold: Lowest score of an object that is drawn.
+
+        Returns:
+            A picture; of a classifier's prediction the image itself.
+        """
+        if 'pred_score' in sample:
+            return image
+        visualizer = VISUALIZERS.build(dict(type=self.cfg.visualizer.type, name='prediction'))
+        visualizer.dataset_meta = {'palette': None, **self.dataset_meta}
+        options = dict(pred_score_thr=threshold) if 'pred_instances' in sample else {}
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, 'prediction.png')
+            visualizer.add_datasample(
+                'prediction', image, sample.cpu(), draw_gt=False, out_file=str(file), **options
+            )
+            with Image.open(file) as drawn:
+                return np.asarray(drawn.convert('RGB'))
+
+    def describe_prediction(
+        self, sample: BaseDataElement, threshold: float = 0.3, most: int = 20
+    ) -> list[tuple[str, str]]:
+        """Names and figures of what was found, the most important first.
+
+        Returns:
+            Of a detector objects and scores, of a segmentor classes and their share of the
+            image, of a classifier classes and scores.
+        """
+        if 'pred_instances' in sample:
+            scores, labels = sample.pred_instances.scores, sample.pred_instances.labels
+            shown = scores >= threshold
+            scores, labels = scores[shown], labels[shown]
+        elif 'pred_sem_seg' in sample:
+            labels, counts = sample.pred_sem_seg.data.unique(return_counts=True)
+            scores = counts / counts.sum()
+        else:
+            scores = sample.pred_score
+            labels = torch.arange(len(scores), device=scores.device)
+        classes = self.dataset_meta.get('classes') or ()
+        best = scores.argsort(descending=True)[:most].tolist()
+        numbers = [int(labels[i]) for i in best]
+        names = [classes[n] if n < len(classes) else f'class {n}' for n in numbers]
+        return [(str(name), f'{scores[i]:.1%}') for name, i in zip(names, best)]

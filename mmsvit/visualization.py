@@ -157,46 +157,31 @@ def draw_ring(picture: np.ndarray, point: tuple[float, float]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class StagePictures:
-    """The pictures of one stage.
-
-    Attributes:
-        caption: What they show, in words.
-        borders: The image with the borders of its super tokens.
-        colours: Every super token in its mean colour.
-        attention: Attention from the point.
-        top: What the brightest colour of ``attention`` stands for, in multiples of the mean.
-    """
-
-    caption: str
-    borders: np.ndarray
-    colours: np.ndarray
-    attention: np.ndarray
-    top: float
-
-
-def draw_stage(
-    image: np.ndarray, maps: SuperTokenMap, point: AttentionPoint, longer_side: int
-) -> StagePictures:
-    """All pictures of one layer's super tokens.
+def draw_super_tokens(
+    image: np.ndarray, maps: SuperTokenMap, longer_side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`draw_tessellation` of one layer's super tokens.
 
     Args:
         image: What the backbone got, without padding.
         maps: From :class:`SuperTokenRecorder`.
-        point: Where attention is looked at from.
         longer_side: Size of the pictures in pixels.
     """
-    image_size = image.shape[:2]
     picture = fit(image, longer_side)
-    size = picture.shape[:2]
-    fine = tuple(SUPERSAMPLING * n for n in size)
-    labels = maps.hard_assignment(fine, image_size, smooth=True).numpy()
-    borders, colours = draw_tessellation(picture, labels)
+    fine = tuple(SUPERSAMPLING * n for n in picture.shape[:2])
+    labels = maps.hard_assignment(fine, image.shape[:2], smooth=True)
+    return draw_tessellation(picture, labels.numpy())
+
+
+def draw_attention_from(
+    image: np.ndarray, maps: SuperTokenMap, point: AttentionPoint, longer_side: int
+) -> tuple[np.ndarray, float]:
+    """:func:`draw_attention` of one layer from a point; arguments as above."""
+    picture = fit(image, longer_side)
+    image_size, size = image.shape[:2], picture.shape[:2]
     weights = maps.attention_from(point.pixel(image_size), point.of, point.head)
     weights = maps.to_pixels(weights, size, image_size).numpy()
-    attention, top = draw_attention(picture, weights, point.pixel(size))
-    return StagePictures(_caption(maps), borders, colours, attention, top)
+    return draw_attention(picture, weights, point.pixel(size))
 
 
 def _caption(maps: SuperTokenMap) -> str:
@@ -262,16 +247,17 @@ def super_token_sheet(
     sheet.text(note, margin, 56, 9.5, color='#666666')
     columns = [margin + i * (width + gap) for i in range(4)]
     for i, stage_map in enumerate(maps):
-        stage = draw_stage(image, stage_map, point, TILE)
+        borders, colours = draw_super_tokens(image, stage_map, TILE)
+        attention, most = draw_attention_from(image, stage_map, point, TILE)
         top = head + i * row
-        sheet.text(stage.caption, margin, top + caption // 2 + 2, 11)
-        pictures = (tile, stage.borders, stage.colours, stage.attention)
+        sheet.text(_caption(stage_map), margin, top + caption // 2 + 2, 11)
+        pictures = (tile, borders, colours, attention)
         names = ('what the network sees', 'super tokens', 'their mean colours')
         for x, picture in zip(columns, pictures):
             sheet.picture(picture, x, top + caption)
         for x, name in zip(columns, names):
             sheet.text(name, x, top + caption + height + bar // 2, 9.5, color='#666666')
-        _colour_bar(sheet, columns[3], top + caption + height + bar // 2, width, stage.top)
+        _colour_bar(sheet, columns[3], top + caption + height + bar // 2, width, most)
     return sheet.render()
 
 

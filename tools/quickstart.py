@@ -26,7 +26,7 @@ CONFIG = 'configs/svit_maskrcnn_shapes.py'
 DATA = Path('data/shapes')
 WORK_DIR = Path('work_dirs/quickstart')
 NUM_PICTURES = 4
-TILE = 240
+TILE, GAPS = 300, ((0, 6), (0, 6), (0, 0))  # pixels
 SCORES = ('', 'AP', 'AP50', 'AP75')
 
 console = Console()
@@ -72,11 +72,8 @@ def contact_sheet(images: list[Path], predictions: Path, super_tokens: Path) -> 
         tiles = np.hsplit(cv2.imread(str(predictions / image.name)), 2)
         for name in ('borders', 'colours', 'attention'):
             tiles.append(cv2.imread(str(super_tokens / f'{image.stem}_stage1_{name}.png')))
-        rows.append(
-            np.hstack(
-                [cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA) for tile in tiles]
-            )
-        )
+        tiles = [cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA) for tile in tiles]
+        rows.append(np.hstack([np.pad(tile, GAPS, constant_values=255) for tile in tiles]))
     return cv2.cvtColor(np.vstack(rows), cv2.COLOR_BGR2RGB)
 
 

@@ -25,7 +25,13 @@ from mmsvit.checkpoint import trust_checkpoints
 from mmsvit.cli import add_trust_option
 from mmsvit.image_files import find_images
 from mmsvit.inference import ImageModel
-from mmsvit.visualization import SMALLEST_PICTURE, AttentionPoint, draw_stage, super_token_sheet
+from mmsvit.visualization import (
+    SMALLEST_PICTURE,
+    AttentionPoint,
+    draw_attention_from,
+    draw_super_tokens,
+    super_token_sheet,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,10 +123,13 @@ def draw(path: Path, model: ImageModel, args: argparse.Namespace) -> None:
     weights = Path(args.checkpoint).name if args.checkpoint else 'random, nothing was trained'
     note = f'{image.shape[1]}x{image.shape[0]} pixels. Config: {Path(args.config).name}. Weights: '
     pictures = {'': super_token_sheet(image, maps, args.point, path.name, note + weights)}
+    longer_side = max(SMALLEST_PICTURE, *image.shape[:2])
     for stage_map in maps:
-        stage = draw_stage(image, stage_map, args.point, max(SMALLEST_PICTURE, *image.shape[:2]))
-        for name in ('borders', 'colours', 'attention'):
-            pictures[f'_stage{stage_map.stage + 1}_{name}'] = getattr(stage, name)
+        borders, colours = draw_super_tokens(image, stage_map, longer_side)
+        attention, _ = draw_attention_from(image, stage_map, args.point, longer_side)
+        named = dict(borders=borders, colours=colours, attention=attention)
+        for name, picture in named.items():
+            pictures[f'_stage{stage_map.stage + 1}_{name}'] = picture
     for suffix, picture in pictures.items():
         file = args.out_dir / f'{path.stem}{suffix}.png'
         if not cv2.imwrite(str(file), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
