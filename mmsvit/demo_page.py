@@ -82,10 +82,16 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
                 prediction = _picture('What the model finds', 'prediction')
             with gr.Accordion('In figures', open=False):
                 found = gr.HTML(elem_id='found')
-            stages = [
-                _stage_pictures(number, attention.samples)
-                for number, attention in enumerate(demo.attentions, 1)
-            ]
+            layers = dict(enumerate(demo.attentions, 1))
+            # Of stages without super tokens there is one picture each: all in a row.
+            rows = [[number] for number, layer in layers.items() if layer.samples]
+            rows.append([number for number, layer in layers.items() if not layer.samples])
+            placed = {}
+            for row in rows:
+                with gr.Row():
+                    for number in row:
+                        placed[number] = _stage_pictures(number, layers[number].samples)
+            stages = [placed[number] for number in layers]
 
     attention_outputs = [picture, *(pictures[-1] for pictures in stages)]
 
@@ -129,11 +135,9 @@ def _stage_pictures(number: int, samples: bool) -> list[gr.Image]:
     """Places for the pictures of a stage: of its super tokens, if it has some, and attention."""
     labels = {'super-tokens': 'super tokens', 'colours': 'their mean colours'} if samples else {}
     labels['attention'] = 'attention from the ring'
-    with gr.Row():
-        return [
-            _picture(f'Stage {number}: {label}', f'{name}-{number}')
-            for name, label in labels.items()
-        ]
+    return [
+        _picture(f'Stage {number}: {label}', f'{name}-{number}') for name, label in labels.items()
+    ]
 
 
 @contextmanager

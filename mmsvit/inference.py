@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint import load_pretrained, model_state_dict, read_checkpoint
 from .super_token_maps import SuperTokenMap, SuperTokenRecorder
 from .svit import SViT
-from .visualization import seen_image
+from .visualization import SMALLEST_PICTURE, fit, seen_image
 
 
 def find_backbone(model: nn.Module) -> SViT:
@@ -54,6 +54,26 @@ def _dataset_meta(cfg: Config) -> dict[str, Any]:
     kind = dataset.type if isinstance(dataset.type, type) else DATASETS.get(dataset.type)
     meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
     return {key.lower(): value for key, value in meta.items()}
+
+
+def _enlarge(image: np.ndarray, sample: BaseDataElement) -> tuple[np.ndarray, BaseDataElement]:
+    """A small image and what was found in it, large enough to write beside objects."""
+    factor = round(SMALLEST_PICTURE / max(image.shape[:2]))
+    if factor < 2:
+        return image, sample
+    sample = sample.clone()
+    for name in ('pred_instances', 'pred_sem_seg', 'pred_panoptic_seg'):
+        if name in sample:
+            data = sample.get(name)
+            fields = dict(data.items())
+            for key, value in fields.items():
+                if key == 'bboxes':
+                    fields[key] = value * factor
+                elif key in ('masks', 'sem_seg', 'data'):
+                    value = value.repeat_interleave(factor, -1)
+                    fields[key] = value.repeat_interleave(factor, -2)
+            setattr(sample, name, type(data)(**fields))
+    return fit(image, factor * max(image.shape[:2])), sample
 
 
 class ImageModel:
@@ -137,17 +157,18 @@ class ImageModel:
             threshold: Lowest score of an object that is drawn.
 
         Returns:
-            A picture; of a classifier's prediction the image itself.
+            A picture, larger than a small image; of a classifier's prediction the image itself.
         """
         if 'pred_score' in sample:
             return image
+        image, sample = _enlarge(image, sample.cpu())
         visualizer = VISUALIZERS.build(dict(type=self.cfg.visualizer.type, name='prediction'))
         visualizer.dataset_meta = {'palette': None, **self.dataset_meta}
         options = dict(pred_score_thr=threshold) if 'pred_instances' in sample else {}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, 'prediction.png')
             visualizer.add_datasample(
-                'prediction', image, sample.cpu(), draw_gt=False, out_file=str(file), **options
+                'prediction', image, sample, draw_gt=False, out_file=str(file), **options
             )
             with Image.open(file) as drawn:
                 return np.asarray(drawn.convert('RGB'))

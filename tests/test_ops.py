@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from mmsvit.ops import cpu_backend, cpu_cache, custom_ops, distribute, sample, torch_backend
-from mmsvit.super_token_attention import SuperTokenAttention
-from mmsvit.visualization import hard_assignment
 
 # Token map, cell, channels, iterations: divided and not, one row, one column, one cell, cells
 # beyond the map, not square, in several tiles, channels in several blocks.
@@ -148,14 +146,6 @@ def test_same_bits_every_time(place, dtype):
     first, second = (results(tokens, (2, 3), 1, *place) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
-
-
-def test_hard_assignment_is_the_largest_share():
-    tokens = random(2, 9, 14, 8).float()
-    attention = SuperTokenAttention(8, 1, (4, 3))
-    _, _, association = dense_reference(tokens.double(), (4, 3), 1)
-    expected = association.argmax(-1).unflatten(1, (12, 15))[:, :9, :14]
-    assert torch.equal(hard_assignment(attention, tokens), expected)
 
 
 def test_aggregate_and_distribute_are_adjoint(place):

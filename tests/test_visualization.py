@@ -1,0 +1,366 @@
+"""Pictures: drawing, reading images, the tool, the hook, curves and reports."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_python, small_arch
+from mmengine.dataset import pseudo_collate
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
+from PIL import Image
+
+from mmsvit import SViT
+from mmsvit.html_report import HtmlReport
+from mmsvit.image_files import find_images, read_image
+from mmsvit.inference import ImageModel
+from mmsvit.super_token_maps import SuperTokenRecorder
+from mmsvit.training_curves import choose_metrics, draw_curves, read_curves
+from mmsvit.visualization import (
+    AttentionPoint,
+    draw_attention,
+    draw_tessellation,
+    seen_image,
+    super_token_sheet,
+)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_tessellation_has_borders_and_mean_colours():
+    image = np.full((40, 60, 3), 50, np.uint8)
+    image[:, 30:] = (200, 10, 90)
+    image[:, 10] = 110  # what a mean is taken over
+    labels = np.zeros((80, 120), int)
+    labels[:, 60:] = 7
+    borders, colours = draw_tessellation(image, labels)
+    assert borders.dtype == colours.dtype == np.uint8
+    assert (colours[:, 35:] == (200, 10, 90)).all()
+    assert np.ptp(colours[:, :29].reshape(-1, 3), axis=0).max() == 0
+    assert 51 <= colours[0, 0, 0] <= 53
+    assert (borders[:, 29:31].max(axis=1) > 150).all()
+    np.testing.assert_array_equal(borders[:, :20], image[:, :20])
+
+
+def test_attention_is_bright_where_weights_are_large():
+    weights = np.zeros((60, 80))
+    weights[:, 60:] = 5.0
+    drawn, top = draw_attention(picture(60, 80), weights, (30, 20))
+    assert top == 5.0
+    grey = drawn.astype(int).sum(axis=2)
+    assert grey[:, 62:].min() > grey[:10, :58].max()
+    assert drawn[30, 20].tolist() != drawn[5, 20].tolist()  # the ring
+
+
+@pytest.mark.parametrize(
+    'config', ['svit_maskrcnn_coco', 'svit_upernet_ade20k', 'svit/svit-small_8xb128_in1k']
+)
+def test_seen_image_undoes_the_preprocessor_of_each_library(config):
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    cfg = Config.fromfile(ROOT / 'configs' / f'{config}.py')
+    init_default_scope(cfg.default_scope)
+    settings = dict(cfg.get('data_preprocessor') or cfg.model.data_preprocessor)
+    settings.setdefault('type', 'ClsDataPreprocessor')
+    preprocessor = MODELS.build(settings)
+    bgr = picture(50, 70)
+    data = dict(inputs=torch.from_numpy(bgr).permute(2, 0, 1))
+    if 'mmseg' in type(preprocessor).__module__:
+        from mmseg.structures import SegDataSample
+
+        data['data_samples'] = SegDataSample()
+    inputs = preprocessor(pseudo_collate([data]), False)['inputs']
+    np.testing.assert_array_equal(seen_image(preprocessor, inputs[0], (50, 70)), bgr[..., ::-1])
+
+
+def test_sheet_shows_all_stages_of_any_image():
+    torch.manual_seed(0)
+    backbone = SViT(small_arch()).eval()
+    image = picture(70, 131)
+    with SuperTokenRecorder(backbone, range(4)) as recorder, torch.no_grad():
+        backbone(torch.from_numpy(image).permute(2, 0, 1)[None] / 100.0)
+    (maps,) = recorder.maps()
+    short = super_token_sheet(image, maps[:1], AttentionPoint(1, 1), 'costs $5 and $6.jpg')
+    long = super_token_sheet(image, maps, AttentionPoint(0, 0, 'super_token', 0))
+    assert long.shape[1] == short.shape[1] and long.shape[0] > 3 * short.shape[0] - 300
+    assert long[:3].min() == 255 and long.std() > 20
+
+
+def test_points_outside_the_image_are_refused():
+    with pytest.raises(ValueError, match='fractions of width and height'):
+        AttentionPoint(12, 0.5)
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that claims a size, with next to nothing inside."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(kind + data)
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', crc)
+
+    head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    body = chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(b'\0')) + chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + body
+
+
+def test_images_of_strangers(tmp_path):
+    def read(name: str, content: bytes) -> Image.Image:
+        (tmp_path / name).write_bytes(content)
+        return read_image(tmp_path / name, max_bytes=50_000, max_pixels=10_000)
+
+    for content in (
+        b'hello',
+        b'',
+        b'\xff\xd8\xff\xe0 no more',
+        png(50, 50),
+        b'%PDF-1.4',
+        b'GIF89a',
+    ):
+        with pytest.raises(ValueError, match='not an image that can be read'):
+            read('a.jpg', content)
+    for width, height in ((101, 100), (200_000, 200_000), (2_000_000_000, 1)):
+        with pytest.raises(ValueError, match='pixels|too large'):
+            read('b.png', png(width, height))
+    with pytest.raises(ValueError, match='0.1 MB'):
+        read('c.png', bytes(60_000))
+    for kind, mode in (
+        ('png', 'RGBA'),
+        ('jpeg', 'L'),
+        ('jpeg', 'CMYK'),
+        ('gif', 'P'),
+        ('tiff', 'I;16'),
+    ):
+        Image.new(mode, (60, 40)).save(tmp_path / f'd.{kind}')
+        image = read_image(tmp_path / f'd.{kind}', 50_000, 10_000)
+        assert (image.mode, image.size) == ('RGB', (60, 40))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new('RGB', (60, 40)).save(tmp_path / 'e.jpg', exif=turned)
+    assert read_image(tmp_path / 'e.jpg', 50_000, 10_000).size == (40, 60)
+
+
+def test_finding_images(tmp_path, monkeypatch):
+    for name in ('a.jpg', 'b.PNG', 'notes.txt', 'deep/c.jpg', 'deep/er/d.webp', 'empty/x.txt'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+    def found(*names: str) -> list[str]:
+        return [path.name for path in find_images(names)]
+
+    assert found('.') == ['a.jpg', 'b.PNG']
+    assert found('**/*') == ['a.jpg', 'b.PNG', 'c.jpg', 'd.webp']
+    assert found(f'{tmp_path}/deep/*.jpg', 'deep', 'a.jpg') == ['c.jpg', 'c.jpg', 'a.jpg']
+    for name in ('empty', 'nothing/*.jpg', 'none.jpg'):
+        with pytest.raises(FileNotFoundError, match=re.escape(repr(name))):
+            find_images([name])
+
+
+TOOL = 'tools/visualize_super_tokens.py'
+
+
+def test_tool_draws_folders_with_every_option(tmp_path):
+    for i, size in enumerate([(40, 90), (64, 64)]):
+        cv2.imwrite(str(tmp_path / f'{i}.png'), picture(*size, seed=i))
+    out = tmp_path / 'out'
+    config = tmp_path / 'small.py'
+    config.write_text(
+        f"_base_ = '{ROOT}/configs/svit_classifier_shapes.py'\nmodel = dict(train_cfg=None)\n"
+    )
+    result = run_python(
+        *(TOOL, tmp_path, '--config', config, '--out-dir', out, '--point', '0.2', '0.9'),
+        *('--of', 'super_token', '--head', '1', '--stage', '1', '4', '--block', '1'),
+    )
+    assert 'pictures of 2 images' in result.stdout
+    kinds = [f'_stage{s}_{k}' for s in (1, 4) for k in ('attention', 'borders', 'colours')]
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        f'{i}{kind}.png' for i in range(2) for kind in ['', *kinds]
+    )
+    assert max(cv2.imread(str(out / '0_stage1_borders.png')).shape) == 640
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['none.jpg'], 'no image'),
+        ([ROOT / 'README.md'], 'not an image'),
+        ([ROOT / 'docs/images/quickstart.jpg', '--stage', '7'], 'there is no stage 7'),
+        ([ROOT / 'docs/images/quickstart.jpg', '--point', '3', '3'], 'fractions'),
+    ],
+)
+def test_tool_refuses_before_it_works(arguments, message, tmp_path):
+    config = ROOT / 'configs' / 'svit_classifier_shapes.py'
+    arguments = [TOOL, *arguments, '--config', config, '--out-dir', tmp_path / 'out']
+    result = run_python(*arguments, check=False)
+    assert result.returncode != 0 and message in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize('config', ['svit_maskrcnn_shapes', 'svit_upernet_shapes'])
+def test_predictions_of_small_images_are_drawn_large(config, tmp_path):
+    from mmengine.config import Config
+
+    model = ImageModel(Config.fromfile(ROOT / 'configs' / f'{config}.py'))
+    for module in model.model.modules():
+        if hasattr(module, 'fc_cls'):
+            module.fc_cls.bias.data[1] = 5  # Everything is a square.
+    cv2.imwrite(str(tmp_path / 'a.png'), picture(80, 60))
+    sample = model.predict(model.prepare(tmp_path / 'a.png'))
+    image = picture(80, 60)[..., ::-1].copy()
+    drawn = model.draw_prediction(image, sample)
+    assert drawn.shape == (640, 480, 3)
+    found = model.describe_prediction(sample)
+    assert found and all(re.fullmatch(r'[\d.]+%', figure) for _, figure in found)
+    if 'maskrcnn' in config:
+        assert {name for name, _ in found} == {'square'}
+
+
+class TinyModel(BaseModel):
+    """A model that a runner can train in a second."""
+
+    def __init__(self) -> None:
+        super().__init__(dict(type='ImgDataPreprocessor', mean=[120] * 3, std=[60] * 3))
+        self.backbone = SViT(small_arch(), out_indices=(0, 1))
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        features = self.backbone(inputs)
+        if mode == 'loss':
+            return dict(loss=sum(f.square().mean() for f in features))
+        return [BaseDataElement() for _ in inputs]
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> dict:
+        return dict(inputs=torch.from_numpy(picture(64, 48, i)).permute(2, 0, 1))
+
+
+class Nothing:
+    """An evaluator of nothing."""
+
+    dataset_meta = None
+
+    def process(self, data_samples, data_batch):
+        pass
+
+    def evaluate(self, size):
+        return {}
+
+
+def train_with_hook(work_dir, **settings) -> Runner:
+    loader = dict(
+        dataset=Images(),
+        batch_size=2,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        collate_fn=dict(type='pseudo_collate'),
+    )
+    runner = Runner(
+        TinyModel(),
+        work_dir=str(work_dir),
+        experiment_name=str(work_dir).replace('/', '_'),
+        train_dataloader=loader,
+        val_dataloader=loader,
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        train_cfg=dict(by_epoch=False, max_iters=4, val_interval=4),
+        val_cfg=dict(),
+        val_evaluator=Nothing(),
+        custom_hooks=[dict(type='mmsvit.SuperTokenVisualizationHook', **settings)],
+        visualizer=dict(
+            type='Visualizer',
+            vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')],
+        ),
+        default_scope='mmengine',
+    )
+    runner.train()
+    return runner
+
+
+def test_hook_draws_into_all_back_ends(tmp_path):
+    event_accumulator = pytest.importorskip(
+        'tensorboard.backend.event_processing.event_accumulator'
+    )
+    runner = train_with_hook(tmp_path, interval=2, val_images=3)
+    names = {path.name for path in tmp_path.glob('*/vis_data/vis_image/*.png')}
+    train = {f'super_tokens_train_{step}.png' for step in (2, 4)}
+    assert names == train | {f'super_tokens_val_{i}_4.png' for i in range(3)}
+    (events,) = tmp_path.glob('*/vis_data/events.out.tfevents*')
+    accumulator = event_accumulator.EventAccumulator(str(events)).Reload()
+    assert len(accumulator.Tags()['images']) == 1 + 3
+    assert not any(m._forward_pre_hooks for m in runner.model.modules())
+
+
+def test_hook_is_silent_if_told_and_refuses_early(tmp_path):
+    train_with_hook(tmp_path / 'none', interval=0, val_images=0)
+    assert not list((tmp_path / 'none').glob('*/vis_data/vis_image/*'))
+    with pytest.raises(ValueError, match='there is no stage 4'):
+        train_with_hook(tmp_path / 'stage', stages=[3])
+    assert not list((tmp_path / 'stage').glob('iter_*.pth'))
+    with pytest.raises(ValueError, match='0 or more'):
+        train_with_hook(tmp_path / 'interval', interval=-1)
+
+
+def log(folder, *records: dict) -> None:
+    file = folder / 'vis_data' / 'scalars.json'
+    file.parent.mkdir(parents=True)
+    file.write_text('\n'.join(map(json.dumps, records)))
+
+
+def test_curves_of_a_resumed_run(tmp_path):
+    first = [dict(loss=3.0, iter=10, step=10), dict(loss=9.0, iter=20, step=20)]
+    log(tmp_path / '1', *first, {'coco/bbox_mAP': 0.1, 'coco/bbox_mAP_50': 0.2, 'step': 1})
+    log(tmp_path / '2', dict(loss=2.0, iter=20, step=20), {'coco/bbox_mAP': 0.3, 'step': 2})
+    curves = read_curves(tmp_path)
+    assert curves['loss'] == ([10, 20], [3.0, 2.0])
+    assert curves['coco/bbox_mAP'] == ([1, 2], [0.1, 0.3])
+    assert choose_metrics(sorted(curves)) == ['coco/bbox_mAP']
+    figure = draw_curves({'a': curves, 'b': curves}, ['loss'], ['coco/bbox_mAP'])
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2]
+    with pytest.raises(ValueError, match="no run has .'los'.; there are .*'loss'"):
+        draw_curves({'a': curves}, ['los'], [])
+    out = tmp_path / 'curves.svg'
+    run_python('tools/plot_log.py', tmp_path, '--out', out)
+    assert '<svg' in out.read_text()
+    (tmp_path / '2' / 'vis_data' / 'scalars.json').write_text('not json')
+    with pytest.raises(ValueError, match='line 1: expected a record'):
+        read_curves(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no log of a run'):
+        read_curves(tmp_path / '3')
+
+
+def test_report_is_one_file_without_references(tmp_path):
+    report = HtmlReport('a < b')
+    report.table(('', 'AP'), [('<script>', '0.5')])
+    report.picture(picture(20, 30), 'a "picture"')
+    report.code('python x.py')
+    report.write(tmp_path / 'report.html')
+    page = (tmp_path / 'report.html').read_text()
+    assert '<script>' not in page and '&lt;script&gt;' in page
+    assert not re.search(r'(src|href)="(?!data:)', page) and 'url(' not in page
+    assert page.count('src="data:image/jpeg;base64,') == 1
+
+
+def test_blocks_of_the_documentation_run(tmp_path):
+    text = (ROOT / 'docs' / 'super_token_attention.md').read_text()
+    (command,) = re.findall(r'```shell\n(python tools/visualize.*?)```', text, re.S)
+    arguments = command.replace('\\\n', ' ').split()[1:]
+    run_python(*arguments, '--out-dir', tmp_path)
+    assert (tmp_path / 'coffee.png').is_file()
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', text, re.S))
+    result = run_python('-c', code)
+    promised = re.findall(r'```text\n(.*?)```', text, re.S)
+    assert result.stdout.strip() == '\n'.join(block.strip() for block in promised)
+    for image in re.findall(r'!\[.*?\]\((.*?)\)', text):
+        assert (ROOT / 'docs' / image).stat().st_size < 150_000
