@@ -1,0 +1,194 @@
+"""The page to try a model, in a real browser, and what strangers may do to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_python
+from mmengine.config import Config
+from PIL import Image
+
+from mmsvit.inference import ImageModel
+
+CONFIG = ROOT / 'configs' / 'svit_maskrcnn_shapes.py'
+TOOL = 'tools/demo_app.py'
+needs_gradio = pytest.mark.skipif(
+    find_spec('gradio') is None, reason='gradio is not installed: pip install "gradio==6.31.0"'
+)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory) -> Path:
+    """A model that finds squares everywhere."""
+    torch.manual_seed(0)
+    model = ImageModel(Config.fromfile(CONFIG)).model
+    model.roi_head.bbox_head.fc_cls.bias.data[1] = 5
+    path = tmp_path_factory.mktemp('demo') / 'squares.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def address(checkpoint, tmp_path_factory) -> Iterator[str]:
+    """Where the tool serves the page; files of at most 200 kB, images of at most 40 000 pixels."""
+    log = tmp_path_factory.mktemp('server') / 'log'
+    limits = ['--max-bytes', '200000', '--max-pixels', '40000']
+    command = [sys.executable, TOOL, '--config', CONFIG, '--checkpoint', checkpoint, *limits]
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    with log.open('w') as output:
+        server = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+        )
+    try:
+        for line in server.stdout:
+            found = re.search(r'The page is at (\S+)', line)
+            if found:
+                break
+        else:
+            pytest.fail(log.read_text()[-3000:])
+        yield found.group(1)
+    finally:
+        server.terminate()
+        server.wait(30)
+        server.stdout.close()
+    assert 'Traceback' not in log.read_text()
+
+
+@pytest.fixture
+def page(address) -> Iterator:
+    """The page in Chromium, which may reach nothing but the page's own server."""
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+    browser = shutil.which('chromium') or shutil.which('google-chrome')
+    if browser is None:
+        pytest.skip('no chromium on the PATH')
+    with sync_api.sync_playwright() as playwright:
+        # Chromium's sandbox does not start for root, as in containers.
+        chromium = playwright.chromium.launch(executable_path=browser, args=['--no-sandbox'])
+        page = chromium.new_page(viewport=dict(width=1300, height=1000))
+        requests = []
+        page.on('request', lambda request: requests.append(request.url))
+        page.goto(address)
+        page.wait_for_selector('#file input[type=file]', state='attached')
+        yield page
+        chromium.close()
+    elsewhere = [url for url in requests if not url.startswith((address, 'data:', 'blob:'))]
+    assert not elsewhere
+
+
+@needs_gradio
+def test_page_shows_boxes_super_tokens_and_attention(page, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / 'noise.png')
+    page.set_input_files('#file input[type=file]', tmp_path / 'noise.png')
+    for name in ('picture', 'prediction', 'super-tokens-1', 'colours-2', 'attention-4'):
+        page.wait_for_selector(f'#{name} img')
+    page.get_by_text('In figures').click()
+    assert 'square' in page.inner_text('#found')
+    drawn = page.evaluate(
+        """async source => {
+            const image = new Image(); image.src = source; await image.decode();
+            const canvas = document.createElement('canvas');
+            [canvas.width, canvas.height] = [image.width, image.height];
+            const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
+            return Array.from(context.getImageData(0, 0, image.width, image.height).data);
+        }""",
+        page.get_attribute('#prediction img', 'src'),
+    )
+    green = np.array([60, 180, 75])  # The palette's colour of squares.
+    colours = np.array(drawn).reshape(-1, 4)[:, :3]
+    assert (np.abs(colours - green).max(axis=1) < 30).mean() > 0.01
+
+    before = page.get_attribute('#attention-1 img', 'src')
+    page.click('#picture img', position=dict(x=40, y=50))
+    changed = 'source => document.querySelector("#attention-1 img").src != source'
+    page.wait_for_function(changed, arg=before)
+
+    # What is wrong gets a message, and the page goes on.
+    (tmp_path / 'text.jpg').write_text('no image at all')
+    page.set_input_files('#file input[type=file]', tmp_path / 'text.jpg')
+    page.wait_for_selector('#message :text("not an image that can be read")')
+    Image.new('RGB', (300, 200)).save(tmp_path / 'large.png')
+    page.set_input_files('#file input[type=file]', tmp_path / 'large.png')
+    page.wait_for_selector('#message :text("300 x 200 pixels")')
+    (tmp_path / 'heavy.jpg').write_bytes(bytes(300_000))
+    page.set_input_files('#file input[type=file]', tmp_path / 'heavy.jpg')
+    page.wait_for_selector(':text("exceed the maximum allowed size")')
+    page.set_input_files('#file input[type=file]', tmp_path / 'noise.png')
+    page.wait_for_selector('#prediction img')
+
+
+@needs_gradio
+def test_concurrent_requests_get_their_own_answers(address, tmp_path):
+    from gradio_client import Client, handle_file
+
+    def ask(i: int) -> np.ndarray:
+        Image.new('RGB', (64, 64), (30 * i, 255 - 30 * i, 128)).save(tmp_path / f'{i}.png')
+        client = Client(address, verbose=False, download_files=str(tmp_path / str(i)))
+        answer = client.predict(handle_file(tmp_path / f'{i}.png'), api_name='/look')
+        images = [part for part in map(_path, answer) if part]
+        # The mean colours of stage 1 come after prediction and borders.
+        colours = np.asarray(Image.open(images[2]).convert('RGB'))
+        return colours.mean(axis=(0, 1))
+
+    with ThreadPoolExecutor(8) as pool:
+        for i, colour in enumerate(pool.map(ask, range(8))):
+            np.testing.assert_allclose(colour, (30 * i, 255 - 30 * i, 128), atol=3)
+
+
+def _path(part: object) -> str | None:
+    """The file of an image in a client's answer, where updates may be wrapped in a dict."""
+    if isinstance(part, dict):
+        part = part.get('value', part.get('path'))
+    return _path(part) if isinstance(part, dict) else part if str(part).endswith('.png') else None
+
+
+@needs_gradio
+def test_files_of_the_server_are_out_of_reach(address, checkpoint):
+    for path in (
+        checkpoint,
+        ROOT / 'README.md',
+        ROOT / 'configs' / '..' / 'setup.py',
+        '/etc/passwd',
+    ):
+        for route in ('gradio_api/file=', 'file=', 'static/', 'assets/', 'gradio_api/file/'):
+            quoted = urllib.parse.quote(str(path))
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f'{address}{route}{quoted}')
+            assert refused.value.code in (403, 404, 405)
+    for route in ('gradio_api/proxy=https://example.org/', 'gradio_api/file=https://example.org/'):
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(address + route)
+    with urllib.request.urlopen(address) as response:
+        assert "default-src 'self'" in response.headers['content-security-policy']
+        assert address.startswith('http://127.0.0.1:')
+
+
+def test_what_does_not_fit_is_refused_before_a_page_is_served(tmp_path, checkpoint):
+    hidden = tmp_path / 'gradio'
+    hidden.mkdir()
+    (hidden / '__init__.py').write_text('raise ImportError')
+    arguments = [TOOL, '--config', CONFIG, '--checkpoint', checkpoint]
+    result = run_python(*arguments, check=False, site=tmp_path)
+    assert result.returncode == 1 and 'pip install "gradio==' in result.stderr
+    if find_spec('gradio') is not None:
+        result = run_python(*arguments[:-1], tmp_path / 'none.pth', check=False)
+        assert 'does not exist' in result.stderr and 'Traceback' not in result.stderr
