@@ -166,7 +166,8 @@ def test_super_token_pictures(trained, shapes, tmp_path):
         *('tools/visualize_super_tokens.py', *sorted((shapes / 'val').glob('*.jpg'))),
         *('--config', CONFIG, '--checkpoint', work_dir / 'epoch_2.pth', '--out-dir', tmp_path),
     )
-    assert len(list(tmp_path.glob('*.png'))) == 4
+    # For each image a sheet, and three pictures of two stages.
+    assert len(list(tmp_path.glob('*.png'))) == 4 * (1 + 2 * 3)
 
 
 @pytest.mark.slow
