@@ -11,7 +11,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 # Tools that set up a checkout make no sense in an installed package.
-CHECKOUT_ONLY = ('__pycache__', 'setup_env.py', 'quickstart.*', 'run_tests.sh')
+CHECKOUT_ONLY = (
+    '__pycache__',
+    'setup_env.py',
+    'lock_requirements.py',
+    'quickstart.*',
+    'run_tests.sh',
+)
 
 
 class BuildWithConfigs(build_py):
@@ -46,5 +52,10 @@ setup(
     # MMEngine, MMCV and MMDetection are not named here on purpose: two families of releases
     # hold them under different names, and pip would put the second beside the first.
     install_requires=['torch>=2.6', 'numpy'],
+    extras_require=dict(
+        safetensors=['safetensors'],
+        export=['onnx', 'onnxscript', 'onnxruntime'],
+        demo=['gradio>=6'],
+    ),
     cmdclass={'build_py': BuildWithConfigs},
 )

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
+from mmsvit.checkpoint import trust_checkpoints
+from mmsvit.cli import add_trust_option
 from mmsvit.demo import Demo
 from mmsvit.inference import ImageModel
 
@@ -35,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--max-bytes', type=int, default=20_000_000, help='largest file')
     parser.add_argument('--max-pixels', type=int, default=25_000_000, help='largest image')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    add_trust_option(parser)
     args = parser.parse_args()
     if args.max_bytes < 1 or args.max_pixels < 1:
         parser.error('--max-bytes and --max-pixels must be 1 or more')
@@ -43,6 +46,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.trust_checkpoint:
+        trust_checkpoints()
     try:
         from mmsvit.demo_page import serve  # gradio is an extra.
 

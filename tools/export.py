@@ -18,6 +18,8 @@ from mmengine.logging import MMLogger
 from rich import print as rich_print
 from rich.table import Table
 
+from mmsvit.checkpoint import trust_checkpoints
+from mmsvit.cli import add_trust_option
 from mmsvit.export import CHECK_SHAPES, FORMATS, Check, ExportError, export
 from mmsvit.exportable import PARTS, build_exportable
 
@@ -79,6 +81,7 @@ def parse_args() -> argparse.Namespace:
         action=DictAction,
         help='settings to override, as key=value pairs: model.backbone.arch=base',
     )
+    add_trust_option(parser)
     args = parser.parse_args()
     if not args.config.is_file():
         parser.error(f'no such config: {args.config}')
@@ -110,6 +113,8 @@ def table_of(checks: list[Check]) -> Table:
 
 def main() -> None:
     args = parse_args()
+    if args.trust_checkpoint:
+        trust_checkpoints()
     MMLogger.get_instance('mmengine', log_level='WARNING')  # Initialisation is told in pages.
     cfg = Config.fromfile(args.config)
     if args.cfg_options is not None:
