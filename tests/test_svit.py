@@ -337,3 +337,20 @@ def test_outputs_are_turned_piece_by_piece(dtype, monkeypatch):
     found = channels_first(x)
     assert found.is_contiguous()
     assert torch.equal(found, x.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_compiles_in_one_graph_for_all_sizes(training):
+    model = make(drop_path_rate=0.1 if training else 0.0).train(training)
+    compiled = torch.compile(model, backend='eager', fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+    for size in ((64, 64), (97, 131)):
+        torch.manual_seed(0)
+        expected = model(images(*size))
+        torch.manual_seed(0)
+        found = compiled(images(*size))
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    if training:
+        sum(output.mean() for output in found).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
