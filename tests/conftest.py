@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def small_arch(**changes: tuple) -> dict:
         layer_scale=(None, None, 0.5, None),
     )
     return {**arch, **changes}
+
+
+def import_tool(name: str) -> ModuleType:
+    """A program in tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_python(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,19 +10,12 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, import_tool, run_python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mmsvit import check_env
 from mmsvit.mmcv_ext import is_stand_in
-
-
-def import_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope='module')

@@ -336,17 +336,3 @@ def test_report_is_one_file_without_references(tmp_path):
     assert '<script>' not in page and '&lt;script&gt;' in page
     assert not re.search(r'(src|href)="(?!data:)', page) and 'url(' not in page
     assert page.count('src="data:image/jpeg;base64,') == 1
-
-
-def test_blocks_of_the_documentation_run(tmp_path):
-    text = (ROOT / 'docs' / 'super_token_attention.md').read_text()
-    (command,) = re.findall(r'```shell\n(python tools/visualize.*?)```', text, re.S)
-    arguments = command.replace('\\\n', ' ').split()[1:]
-    run_python(*arguments, '--out-dir', tmp_path)
-    assert (tmp_path / 'coffee.png').is_file()
-    code = '\n'.join(re.findall(r'```python\n(.*?)```', text, re.S))
-    result = run_python('-c', code)
-    promised = re.findall(r'```text\n(.*?)```', text, re.S)
-    assert result.stdout.strip() == '\n'.join(block.strip() for block in promised)
-    for image in re.findall(r'!\[.*?\]\((.*?)\)', text):
-        assert (ROOT / 'docs' / image).stat().st_size < 150_000

@@ -104,13 +104,16 @@ def write_report(file: Path, scores: list[list[str]], sheet: np.ndarray, checkpo
     report.write(file)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--retrain', action='store_true', help='train again although it is done')
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_args()
     seconds = {}
     seconds['data'] = run('1/4 Data', 'tools/make_shapes_dataset.py', DATA)
     checkpoint = None if args.retrain else latest_checkpoint()

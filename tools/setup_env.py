@@ -346,7 +346,7 @@ def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
     return python
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -361,8 +361,11 @@ def main() -> None:
         default='auto',
         help="mmcv's ops: compiled, or torchvision's in their place, which needs no compiler",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_args()
     try:
         python = None
         if args.venv is None and args.ops == 'auto':
