@@ -93,6 +93,10 @@ def allow_runner_checkpoints() -> None:
     torch.serialization.add_safe_globals(_allowed_globals())
 
 
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint that cannot be read without running code from it."""
+
+
 _trusted = False
 
 
@@ -145,7 +149,8 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: It is a safetensors file, and the package is missing.
-        ValueError: It is not a whole checkpoint, or needs code to be run to be read.
+        UnsafeCheckpointError: It needs code to be run to be read; a ValueError.
+        ValueError: It is not a whole checkpoint.
     """
     path = str(path)
     if '://' not in path:
@@ -171,7 +176,7 @@ def read_checkpoint(
             r'GLOBAL (\S+) (?:was not an allowed|whose module)|getattr\(.*\) is not', str(error)
         )
         if refused:
-            raise ValueError(
+            raise UnsafeCheckpointError(
                 f'{path!r} is refused: to read it, torch would have to run code from it '
                 f'({refused.group(1) or refused.group(0)}). Get it from a source that you trust, as '
                 '.safetensors or with its tensors alone. Only if you would also run any program of '
