@@ -8,6 +8,7 @@ import runpy
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -323,6 +324,24 @@ def test_every_flipped_bit_that_matters_is_seen(tmp_path):
         except ValueError:
             continue
         assert torch.equal(found['state_dict']['a'], whole)  # It was in the padding.
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_whatever_the_damage_the_file_is_named(tmp_path):
+    """Also where there are no checksums: in torch's older format, and in what is no checkpoint."""
+    file, rng = tmp_path / 'damaged.pth', np.random.default_rng(0)
+    torch.save({'a': torch.arange(9.0)}, file, _use_new_zipfile_serialization=False)
+    older, errors = file.read_bytes(), []
+    for i in range(400):
+        content = bytearray(older if i % 2 else rng.bytes(100))
+        content[rng.integers(len(content))] = rng.integers(256)
+        file.write_bytes(content[: rng.integers(len(content))] if i % 4 == 3 else content)
+        try:
+            read_checkpoint(file)
+        except ValueError as error:
+            errors.append(error)
+    assert len(errors) > 200 and all('damaged.pth' in str(error) for error in errors)
+    assert {type(error.__cause__) for error in errors} >= {IndexError, struct.error}
 
 
 @pytest.mark.parametrize('name', ['epoch_1.pth', 'epoch_3.pth'])
