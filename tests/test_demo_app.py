@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -180,6 +181,25 @@ def test_files_of_the_server_are_out_of_reach(address, checkpoint):
     with urllib.request.urlopen(address) as response:
         assert "default-src 'self'" in response.headers['content-security-policy']
         assert address.startswith('http://127.0.0.1:')
+
+
+@needs_gradio
+@pytest.mark.parametrize('kind', ['absolute', 'relative', 'of a link'])
+def test_a_visitor_cannot_have_the_server_look_at_its_own_files(kind, address, tmp_path):
+    image = ROOT / 'docs' / 'images' / 'quickstart.jpg'
+    given = dict(path=str(image), meta={'_type': 'gradio.FileData'})
+    if kind == 'relative':
+        given['path'] = str(image.relative_to(ROOT))
+    elif kind == 'of a link':
+        given |= dict(path='quickstart.jpg', url=f'{address}config')
+    body = json.dumps(dict(data=[given])).encode()
+    headers = {'Content-Type': 'application/json'}
+    request = urllib.request.Request(f'{address}gradio_api/call/look', body, headers)
+    with urllib.request.urlopen(request) as response:
+        event = json.load(response)['event_id']
+    with urllib.request.urlopen(f'{address}gradio_api/call/look/{event}') as response:
+        answer = response.read().decode()
+    assert 'event: error' in answer and 'event: complete' not in answer
 
 
 def test_without_gradio_the_tool_says_what_to_install(tmp_path, checkpoint):
