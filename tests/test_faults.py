@@ -439,14 +439,15 @@ def test_a_signal_to_the_whole_process_group(images, uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_all_processes_stop_at_the_same_iteration(images, tmp_path):
-    folder = tmp_path / 'stopped'
+    folder, whole = tmp_path / 'stopped', tmp_path / 'whole'
     processes = start_two(folder, images, '--slow')
+    others = start_two(whole, images)
     wait_for(folder / 'begun_1')
     processes[1].send_signal(signal.SIGTERM)  # One of them.
     assert end_of(processes)[0] == [143, 143]
+    assert end_of(others)[0] == [0, 0]
     assert end_of(start_two(folder, images))[0] == [0, 0]
-    assert end_of(start_two(tmp_path / 'whole', images))[0] == [0, 0]
-    assert_same_weights(tmp_path / 'whole', folder)
+    assert_same_weights(whole, folder)
 
 
 # --- NaN and infinity ---------------------------------------------------------------------
