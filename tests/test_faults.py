@@ -411,7 +411,7 @@ def test_a_signal_saves_and_leaves(number, iteration, images, uninterrupted, tmp
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(400):
+    for _ in range(1000):
         if path.exists():
             return
         time.sleep(0.1)
