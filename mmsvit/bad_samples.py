@@ -62,7 +62,8 @@ class GuardedPipeline(Compose):
         """
         # Transforms write into `data`.
         files = [data.get(key) for key in ('img_path', 'seg_map_path')]
-        name = str(files[0] or data.get('sample_idx', 'unknown'))
+        # All of them: many decoders' errors do not say which file they are about.
+        name = ', '.join(map(str, filter(None, files))) or str(data.get('sample_idx', 'unknown'))
         try:
             for file in files:
                 if isinstance(file, (str, Path)) and '://' not in str(file):

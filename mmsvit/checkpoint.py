@@ -17,7 +17,6 @@ import logging
 import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +92,10 @@ def allow_runner_checkpoints() -> None:
     torch.serialization.add_safe_globals(_allowed_globals())
 
 
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint that cannot be read without running code from it."""
+
+
 _trusted = False
 
 
@@ -145,7 +148,8 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: It is a safetensors file, and the package is missing.
-        ValueError: It is not a whole checkpoint, or needs code to be run to be read.
+        UnsafeCheckpointError: It needs code to be run to be read; a ValueError.
+        ValueError: It is not a whole checkpoint.
     """
     path = str(path)
     if '://' not in path:
@@ -161,17 +165,14 @@ def read_checkpoint(
                 allow_runner_checkpoints()
                 _check_sums(file)
                 checkpoint = torch.load(file, map_location=map_location, weights_only=not _trusted)
-    except PermissionError:
+    except (PermissionError, ImportError, MemoryError):
         raise
-    except (
-        *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError),
-        *(zipfile.BadZipFile, zlib.error, NotImplementedError),
-    ) as error:
+    except Exception as error:  # Damaged bytes can mean anything to a reader.
         refused = re.search(
             r'GLOBAL (\S+) (?:was not an allowed|whose module)|getattr\(.*\) is not', str(error)
         )
         if refused:
-            raise ValueError(
+            raise UnsafeCheckpointError(
                 f'{path!r} is refused: to read it, torch would have to run code from it '
                 f'({refused.group(1) or refused.group(0)}). Get it from a source that you trust, as '
                 '.safetensors or with its tensors alone. Only if you would also run any program of '

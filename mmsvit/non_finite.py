@@ -88,6 +88,8 @@ class NonFiniteHook(Hook):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         params = [p for group in optimizer.param_groups for p in group['params']]
         gradients = [p.grad for p in params if p.grad is not None]
+        if getattr(optimizer, 'found_inf', None):
+            return  # GradScaler skips the step; with fused optimizers it leaves that to them.
         norm = get_total_norm(gradients) if gradients else torch.zeros(())
         finite = torch.stack([_finite(terms) for terms in self._losses] + [norm.isfinite().cpu()])
         bad = torch.tensor(int(not finite.all()))

@@ -22,7 +22,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import nn
 
-from .checkpoint import allow_runner_checkpoints, read_checkpoint
+from .checkpoint import UnsafeCheckpointError, allow_runner_checkpoints, read_checkpoint
 from .registry import HOOKS
 
 PARTIAL = '.partial'  # suffix of what is not whole yet
@@ -104,6 +104,8 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
         Its path; None if there is no checkpoint at all, whole or not.
 
     Raises:
+        UnsafeCheckpointError: One of them, however old, needs code to be run to be read: that is
+            no damage, and what put it there should be found.
         ValueError: There are checkpoints, but none can be used.
     """
     folder = Path(folder)
@@ -114,12 +116,14 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
         last = last if last.is_file() or not (folder / last.name).is_file() else folder / last.name
         candidates.add(last)
     problems, iterations = {}, {}
-    allow_runner_checkpoints()
     for path in candidates:
         try:
-            # Mapped, not read: only the table of contents, for the order.
-            meta = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta']
-            iterations[path] = (meta['iter'], meta['epoch'])
+            iterations[path] = _progress(path)
+        except UnsafeCheckpointError as error:
+            raise UnsafeCheckpointError(
+                f'{error} Training saves such a file only if a hook of your own puts objects into '
+                f'it. To go on from an older checkpoint, move it out of {str(folder)!r}.'
+            ) from error
         except Exception as error:  # Damage shows in about any way.
             problems[path] = f'{type(error).__name__}: {error}'.splitlines()[0]
     for path in sorted(iterations, key=iterations.get, reverse=True):
@@ -141,6 +145,17 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
             '--resume CHECKPOINT.'
         )
     return None
+
+
+def _progress(path: Path) -> tuple[int, int]:
+    """Iterations and epochs at which a checkpoint was saved."""
+    allow_runner_checkpoints()
+    try:
+        # Mapped, not read: only the table of contents.
+        meta = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta']
+    except Exception:  # Says what is wrong, or knows more formats.
+        meta = read_checkpoint(path)['meta']
+    return meta['iter'], meta['epoch']
 
 
 def first_non_finite(model: nn.Module, statistics: bool = True) -> str | None:
@@ -172,7 +187,7 @@ class SafeCheckpointHook(CheckpointHook):
         """Choose what to go on from, where the run is to find that by itself.
 
         Raises:
-            ValueError: See :func:`newest_whole_checkpoint`.
+            UnsafeCheckpointError, ValueError: See :func:`newest_whole_checkpoint`.
         """
         if runner._resume is True and runner._load_from is None:
             found: list[str | None] = [None]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +20,17 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.hooks import Hook
+from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from PIL import Image
 from toy import BATCH, EPOCHS, IMAGES, assert_same_weights, make_images, toy_config, train
 
+import mmsvit.checkpoint
 from mmsvit.bad_samples import refuse_truncated
-from mmsvit.checkpoint import read_checkpoint
+from mmsvit.checkpoint import UnsafeCheckpointError, read_checkpoint
 from mmsvit.safe_checkpoint import (
-    AtomicLocalBackend,
     SafeCheckpointHook,
-    check_writable,
     newest_whole_checkpoint,
 )
 
@@ -58,25 +62,14 @@ class SendSignal(Hook):
 
 
 @HOOKS.register_module()
-class Poison(Hook):
-    """Make what the backbone gives at some iterations not finite."""
-
-    def __init__(self, iterations: list[int], where: str = 'forward') -> None:
-        self.iterations, self.where = iterations, where
+class GradientsInHalf(Hook):
+    """Let gradients overflow above 65504, as float16's do."""
 
     def before_train(self, runner: Runner) -> None:
-        runner.model.backbone.stages[1].register_forward_hook(self.spoil)
+        runner.model.backbone.stages[1].register_forward_hook(self.narrow)
 
-    def before_train_iter(self, runner: Runner, *_, **__) -> None:
-        self.now = runner.iter in self.iterations
-
-    def spoil(self, module: object, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        if not self.now:
-            return None
-        if self.where == 'forward':
-            return output * float('nan')
-        output.register_hook(lambda gradient: gradient * float('inf'))
-        return None
+    def narrow(self, module: object, inputs: tuple, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: gradient.half().to(gradient.dtype))
 
 
 @pytest.fixture(scope='module')
@@ -99,6 +92,35 @@ def toy(folder: Path, images: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, *options]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def start_two(folder: Path, images: Path, *options: str) -> list[subprocess.Popen]:
+    """The two processes of a distributed run."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, '--distributed']
+    env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    env['OMP_NUM_THREADS'] = '1'
+    return [
+        subprocess.Popen(
+            [*command, *options],
+            env={**env, 'RANK': rank, 'LOCAL_RANK': rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in '01'
+    ]
+
+
+def end_of(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    """Their exit statuses and what they say; none outlives a test that fails."""
+    try:
+        said = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
 
 
 # --- killed and resumed -------------------------------------------------------------------
@@ -194,21 +216,53 @@ def test_a_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_3.pth']
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason='needs to mount a small file system')
-def test_a_really_full_disk(tmp_path):
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', tmp_path]).returncode:
+def run_tool(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, work_dir: Path, images: Path, *options: str
+) -> None:
+    """tools/train.py as a whole, on the toy's config, in this process."""
+    toy_config(work_dir, images).dump(folder / 'toy.py')
+    arguments = ['train.py', str(folder / 'toy.py'), '--work-dir', str(work_dir), *options]
+    monkeypatch.setattr(sys, 'argv', arguments)
+    runpy.run_path(str(ROOT / 'tools' / 'train.py'), run_name='__main__')
+
+
+def test_a_run_that_cannot_write_ends_before_training(images, tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match=r'cannot write to the folder.*file/run.*--work-dir'):
+        run_tool(monkeypatch, tmp_path, tmp_path / 'file' / 'run', images)
+
+
+def mount(*arguments: str | Path) -> None:
+    if subprocess.run(['mount', *arguments], check=False).returncode:
         pytest.skip('may not mount')
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='needs to mount a small file system')
+def test_a_run_on_a_small_disk(uninterrupted, images, tmp_path, monkeypatch):
+    """One checkpoint fits, the second does not; then the disk is read-only, then large."""
+    work_dir, read_only = tmp_path / 'disk', tmp_path / 'read_only'
+    work_dir.mkdir()
+    read_only.mkdir()
+    size = f'size={int(1.7 * (uninterrupted / "epoch_1.pth").stat().st_size)}'
+    mount('-t', 'tmpfs', '-o', size, 'tmpfs', work_dir)
     try:
-        backend = AtomicLocalBackend()
-        backend.put(b'old', tmp_path / 'file')
-        with pytest.raises(OSError, match=r'No space left'):
-            backend.put(b'\0' * 2**21, tmp_path / 'file')
-        assert (tmp_path / 'file').read_bytes() == b'old' and len(list(tmp_path.iterdir())) == 1
-        subprocess.run(['mount', '-o', 'remount,ro', tmp_path], check=True)
-        with pytest.raises(OSError, match=r'Read-only file system.*--work-dir'):
-            check_writable(tmp_path)
+        with pytest.raises(OSError, match=r'epoch_2\.pth.*No space left.*--resume'):
+            run_tool(monkeypatch, tmp_path, work_dir, images)
+        assert [path.name for path in work_dir.glob('*.p*[hl]')] == ['epoch_1.pth']
+        assert (work_dir / 'last_checkpoint').read_text() == str(work_dir / 'epoch_1.pth')
+        assert newest_whole_checkpoint(work_dir) == str(work_dir / 'epoch_1.pth')
+        mount('--bind', work_dir, read_only)
+        try:
+            mount('-o', 'remount,bind,ro', read_only)
+            with pytest.raises(OSError, match=r'Read-only file system.*--work-dir'):
+                run_tool(monkeypatch, tmp_path, read_only, images, '--resume')
+        finally:
+            subprocess.run(['umount', read_only], check=True)
+        mount('-o', 'remount,size=100m', work_dir)
+        run_tool(monkeypatch, tmp_path, work_dir, images, '--resume')
+        assert_same_weights(uninterrupted, work_dir)
     finally:
-        subprocess.run(['umount', tmp_path], check=True)
+        subprocess.run(['umount', '--lazy', work_dir], check=True)  # Logs in it are open.
 
 
 def test_a_new_checkpoint_is_whole_before_an_old_one_goes(images, tmp_path, monkeypatch):
@@ -237,8 +291,9 @@ def test_resumes_from_the_newest_whole_checkpoint(damage, uninterrupted, images,
     if damage == 'truncated':
         newest.write_bytes(content[: len(content) // 2])
     elif damage == 'flipped':
-        middle = len(content) // 2
-        newest.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+        weights = max(torch.load(newest)['state_dict'].values(), key=torch.numel)
+        place = content.index(weights.numpy().tobytes()) + 5
+        newest.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         torch.load(newest, weights_only=False)  # torch sees nothing.
         with pytest.raises(ValueError, match='checksum'):
             read_checkpoint(newest)
@@ -271,19 +326,52 @@ def test_every_flipped_bit_that_matters_is_seen(tmp_path):
         assert torch.equal(found['state_dict']['a'], whole)  # It was in the padding.
 
 
-def test_automatic_resumption_runs_no_code(uninterrupted, images, tmp_path):
-    checkpoint = torch.load(uninterrupted / 'epoch_1.pth', weights_only=False)
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+def test_whatever_the_damage_the_file_is_named(tmp_path):
+    """Also where there are no checksums: in torch's older format, and in what is no checkpoint."""
+    file, rng = tmp_path / 'damaged.pth', np.random.default_rng(0)
+    torch.save({'a': torch.arange(9.0)}, file, _use_new_zipfile_serialization=False)
+    older, errors = file.read_bytes(), []
+    for i in range(400):
+        content = bytearray(older if i % 2 else rng.bytes(100))
+        content[rng.integers(len(content))] = rng.integers(256)
+        file.write_bytes(content[: rng.integers(len(content))] if i % 4 == 3 else content)
+        try:
+            read_checkpoint(file)
+        except ValueError as error:
+            errors.append(error)
+    assert len(errors) > 200 and all('damaged.pth' in str(error) for error in errors)
+    assert {type(error.__cause__) for error in errors} >= {IndexError, struct.error}
+
+
+@pytest.mark.parametrize('name', ['epoch_1.pth', 'epoch_3.pth'])
+def test_automatic_resumption_runs_no_code(name, uninterrupted, images, tmp_path, monkeypatch):
+    for file in uninterrupted.glob('epoch_[12].pth'):
+        shutil.copy(file, tmp_path)
+    checkpoint = read_checkpoint(uninterrupted / name)
 
     class Evil:
         def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'was_here'),)
+            return os.makedirs, (str(tmp_path / 'was_here'), 0o777, True)
 
     checkpoint['meta']['evil'] = Evil()
-    torch.save(checkpoint, tmp_path / 'epoch_1.pth')
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
-    with pytest.raises(ValueError, match='no whole checkpoint'):
+    torch.save(checkpoint, tmp_path / name)
+    # Older or newer than one that could be used: it is no damage, and is not passed over.
+    with pytest.raises(
+        UnsafeCheckpointError, match=rf'{name}.*is refused.*makedirs.*move it out of'
+    ):
         train(tmp_path, images, resume=True)
     assert not (tmp_path / 'was_here').exists()
+    if name == 'epoch_3.pth':
+        monkeypatch.setattr(mmsvit.checkpoint, '_trusted', True)
+        assert newest_whole_checkpoint(tmp_path) == str(tmp_path / name)
+        assert (tmp_path / 'was_here').exists()
+
+
+def test_a_checkpoint_of_torch_before_zip_files_is_resumed_from(uninterrupted, tmp_path):
+    checkpoint = read_checkpoint(uninterrupted / 'epoch_2.pth')
+    torch.save(checkpoint, tmp_path / 'epoch_2.pth', _use_new_zipfile_serialization=False)
+    assert newest_whole_checkpoint(tmp_path) == str(tmp_path / 'epoch_2.pth')
 
 
 def test_weights_that_are_not_finite_are_not_saved(images, tmp_path):
@@ -323,7 +411,7 @@ def test_a_signal_saves_and_leaves(number, iteration, images, uninterrupted, tmp
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(400):
+    for _ in range(1000):
         if path.exists():
             return
         time.sleep(0.1)
@@ -351,26 +439,15 @@ def test_a_signal_to_the_whole_process_group(images, uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_all_processes_stop_at_the_same_iteration(images, tmp_path):
-    def start(folder: Path, *options: str) -> list[subprocess.Popen]:
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = str(probe.getsockname()[1])
-        command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, '--distributed']
-        env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        env['OMP_NUM_THREADS'] = '1'
-        return [
-            subprocess.Popen([*command, *options], env={**env, 'RANK': rank, 'LOCAL_RANK': rank})
-            for rank in '01'
-        ]
-
-    folder = tmp_path / 'stopped'
-    processes = start(folder, '--slow')
+    folder, whole = tmp_path / 'stopped', tmp_path / 'whole'
+    processes = start_two(folder, images, '--slow')
+    others = start_two(whole, images)
     wait_for(folder / 'begun_1')
     processes[1].send_signal(signal.SIGTERM)  # One of them.
-    assert [process.wait(100) for process in processes] == [143, 143]
-    assert [process.wait(100) for process in start(folder)] == [0, 0]
-    assert [process.wait(100) for process in start(tmp_path / 'whole')] == [0, 0]
-    assert_same_weights(tmp_path / 'whole', folder)
+    assert end_of(processes)[0] == [143, 143]
+    assert end_of(others)[0] == [0, 0]
+    assert end_of(start_two(folder, images))[0] == [0, 0]
+    assert_same_weights(whole, folder)
 
 
 # --- NaN and infinity ---------------------------------------------------------------------
@@ -416,6 +493,57 @@ def test_nan_for_ever_is_not_skipped(images, tmp_path):
     hooks = dict(action='skip', max_consecutive=3, type='mmsvit.NonFiniteHook')
     with pytest.raises(FloatingPointError, match='at iteration 10 '):
         train(tmp_path, images, custom_hooks=[poison], **{'default_hooks.non_finite': hooks})
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Changes to train with a GradScaler, which MMEngine's wrapper allows on GPUs alone."""
+    monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(amp_optimizer_wrapper, 'GradScaler', partial(torch.amp.GradScaler, 'cpu'))
+    return {
+        'custom_hooks': [dict(type='GradientsInHalf')],
+        'optim_wrapper.type': 'AmpOptimWrapper',
+        'optim_wrapper.dtype': 'bfloat16',
+        'optim_wrapper.loss_scale': dict(init_scale=2.0**24),
+    }
+
+
+@pytest.mark.parametrize(('clip', 'fused'), [(True, False), (False, False), (False, True)])
+def test_a_scaler_finds_its_scale_and_nan_is_reported(clip, fused, scaled, images, tmp_path):
+    scaled['custom_hooks'].append(dict(type='Poison', iterations=[14]))
+    scaled['optim_wrapper.optimizer.fused'] = fused
+    if not clip:  # With it, MMEngine unscales the gradients before the scaler would.
+        scaled['optim_wrapper.clip_grad'] = None
+    with pytest.raises(FloatingPointError, match=r'at iteration 15 ') as stopped:
+        train(tmp_path, images, **scaled)
+    assert 'output of backbone.stages.1 (' in str(stopped.value)
+    assert log_of(tmp_path).count('not finite') == 0  # Nothing was reported before.
+    optimizer = read_checkpoint(tmp_path / 'epoch_2.pth')['optimizer']
+    assert 1 < optimizer['loss_scaler']['scale'] < 2**24
+    assert 0 < optimizer['state'][0]['step'] < 12  # Some were skipped, others taken.
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_a_scaler_that_finds_no_scale_ends_the_run(fused, scaled, images, tmp_path):
+    scaled['optim_wrapper.optimizer.fused'] = fused
+    scaled['optim_wrapper.loss_scale'] = dict(init_scale=2.0**100)
+    scaled['default_hooks.non_finite.max_scaler_skips'] = 3
+    with pytest.raises(FloatingPointError, match='GradScaler skipped 4 steps in a row'):
+        train(tmp_path, images, **scaled)
+
+
+@pytest.mark.slow
+def test_nan_on_one_process_is_skipped_and_stopped_at_on_all(images, tmp_path):
+    # Three iterations to an epoch. One skipped step may stand alone, two in a row end the run.
+    codes, reports = end_of(start_two(tmp_path, images, '--poison', '3', '6', '7'))
+    assert codes == [1, 1]
+    for report in reports:
+        assert 'FloatingPointError: ' in report and 'at iteration 8 (epoch 3)' in report
+    assert 'nothing on this process' in reports[0]
+    assert 'a loss; the outputs of all modules are finite' in reports[1]
+    assert log_of(tmp_path).count('Skipped: ') == 2  # The main process's.
+    weights = read_checkpoint(tmp_path / 'epoch_2.pth')['state_dict'].values()
+    assert all(value.isfinite().all() for value in weights)
 
 
 # --- damaged data -------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from conftest import small_arch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.registry import DATASETS, HOOKS, MODELS, TRANSFORMS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
@@ -96,6 +96,36 @@ class DieInWrite(Hook):
         os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
         self.fsync(descriptor)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@HOOKS.register_module()
+class Poison(Hook):
+    """Make values or gradients of some iterations not finite, on one process or on all."""
+
+    def __init__(
+        self, iterations: list[int], where: str = 'forward', rank: int | None = None
+    ) -> None:
+        self.iterations, self.where, self.rank = iterations, where, rank
+
+    def before_train(self, runner: Runner) -> None:
+        if self.rank not in (None, runner.rank):
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        spoilt = model if self.where == 'loss' else model.backbone.stages[1]
+        spoilt.register_forward_hook(self.spoil)
+
+    def before_train_iter(self, runner: Runner, *_, **__) -> None:
+        self.now = runner.iter in self.iterations
+
+    def spoil(self, module: object, inputs: tuple, output: object) -> object:
+        if not self.now:
+            return None
+        if self.where == 'loss':  # Its gradients are finite.
+            return {**output, 'loss_size': output['loss_size'] + float('nan')}
+        if self.where == 'forward':
+            return output * float('nan')
+        output.register_hook(lambda gradient: gradient * float('inf'))
+        return None
 
 
 @HOOKS.register_module()
@@ -178,6 +208,9 @@ def main() -> None:
     parser.add_argument('work_dir', type=Path)
     parser.add_argument('images', type=Path)
     parser.add_argument('--die-in-write', type=int, help='SIGKILL in writing this checkpoint')
+    parser.add_argument(
+        '--poison', type=int, nargs='+', help='iterations at which process 1 has NaN'
+    )
     parser.add_argument('--slow', action='store_true')
     parser.add_argument('--workers', type=int, default=0)
     parser.add_argument('--distributed', action='store_true')
@@ -186,6 +219,10 @@ def main() -> None:
     if args.slow:
         hooks.append(dict(type='Slow'))
     changes = {'train_dataloader.num_workers': args.workers}
+    if args.poison:
+        hooks.append(dict(type='Poison', iterations=args.poison, where='loss', rank=1))
+        guard = dict(type='mmsvit.NonFiniteHook', action='skip', max_consecutive=1)
+        changes['default_hooks.non_finite'] = guard
     if args.distributed:
         torch.distributed.init_process_group('gloo')
         changes.update(
