@@ -100,7 +100,16 @@ class SeededBatchSampler:
         for epoch in count():
             if hasattr(self.sampler, 'set_epoch'):
                 self.sampler.set_epoch(epoch)
-            yield from self.batch_sampler
+            empty = True
+            for batch in self.batch_sampler:
+                empty = False
+                yield batch
+            if empty:  # Or this would go on for ever.
+                raise RuntimeError(
+                    f'{type(self.sampler).__name__} gives no samples: the training data are empty, '
+                    'or an endless sampler was ended by an earlier loop over its data loader, '
+                    'which then has to be built anew'
+                )
 
     def __len__(self) -> int:
         return len(self.batch_sampler)

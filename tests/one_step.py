@@ -76,7 +76,8 @@ def main() -> None:
     runner.train()
     assert runner.iter == 1, runner.iter
     model = runner.model.train()
-    batch = model.data_preprocessor(next(iter(runner.train_dataloader)), training=True)
+    loader = runner.build_dataloader(cfg.train_dataloader)
+    batch = model.data_preprocessor(next(iter(loader)), training=True)
     loss, _ = model.parse_losses(model(**batch, mode='loss'))
     loss.backward()
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -29,6 +29,7 @@ from toy import BATCH, EPOCHS, IMAGES, assert_same_weights, make_images, toy_con
 import mmsvit.checkpoint
 from mmsvit.bad_samples import refuse_truncated
 from mmsvit.checkpoint import UnsafeCheckpointError, read_checkpoint
+from mmsvit.exact_resume import SeededBatchSampler
 from mmsvit.safe_checkpoint import (
     SafeCheckpointHook,
     newest_whole_checkpoint,
@@ -596,3 +597,9 @@ def test_guards_can_be_left_out(images, tmp_path):
     cfg = toy_config(tmp_path, images, **{'default_hooks.bad_samples': None})
     assert 'bad_samples' not in cfg.default_hooks
     assert cfg.default_hooks.checkpoint.type == 'mmsvit.SafeCheckpointHook'
+
+
+def test_an_endless_run_without_samples_ends():
+    batches = SeededBatchSampler([], 2, None, True, seed=0, done=0, skip=0, endless=True)
+    with pytest.raises(RuntimeError, match='gives no samples'):
+        next(iter(batches))
