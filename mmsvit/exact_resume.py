@@ -150,8 +150,8 @@ class ExactResumeHook(Hook):
 
     Resuming from any checkpoint that a runner saved, also one in the middle of an epoch
     (:class:`mmsvit.stop_signal.StopSignalHook`), then ends in the same weights as a run without
-    interruption, on the same number of processes and for any ``num_workers``. Not covered: what a
-    transform or module keeps to itself (images of earlier samples in MMDetection's
+    interruption, on as many processes and CPU threads and for any ``num_workers``. Not covered:
+    what a transform or module keeps to itself (images of earlier samples in MMDetection's
     ``CachedMosaic``, generators of its own), and gradients accumulated when a checkpoint is saved
     in the middle of ``accumulative_counts``.
     """

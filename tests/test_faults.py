@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -73,6 +74,15 @@ class GradientsInHalf(Hook):
         output.register_hook(lambda gradient: gradient.half().to(gradient.dtype))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes that are compared with runs in this one: threads move last digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='module')
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp('images') / 'noise')
@@ -92,7 +102,13 @@ def log_of(folder: Path) -> str:
 def toy(folder: Path, images: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, *options]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def start_two(folder: Path, images: Path, *options: str) -> list[subprocess.Popen]:
@@ -421,16 +437,7 @@ def wait_for(path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_process_group(images, uninterrupted, tmp_path):
-    command = [
-        sys.executable,
-        ROOT / 'tests' / 'toy.py',
-        tmp_path,
-        images,
-        '--slow',
-        '--workers',
-        '2',
-    ]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = toy(tmp_path, images, '--slow', '--workers', '2')  # in a session of its own
     wait_for(tmp_path / 'begun_1')
     os.killpg(process.pid, signal.SIGTERM)  # Its data workers get it, too.
     assert process.wait(60) == 143
