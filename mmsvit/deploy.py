@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .ops.cpu_cache import rows_in_cache
-from .ops.torch_backend import in_one_graph
+from .ops.torch_backend import in_one_graph, wants_gradient
 from .registry import HOOKS
 
 
@@ -37,9 +37,8 @@ class GELUAndAffine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         pixels = x.permute(0, 2, 3, 1)
-        wants_gradient = torch.is_grad_enabled() and x.requires_grad
         can_write = pixels.is_contiguous() and x.dtype == self.scale.dtype and not in_one_graph()
-        if wants_gradient or not can_write:
+        if wants_gradient(x) or not can_write:
             pixels = torch.addcmul(self.shift, F.gelu(pixels), self.scale)
             return pixels.permute(0, 3, 1, 2)
         pixels = pixels.flatten(0, 2)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .cpu_cache import rows_in_cache
-from .torch_backend import in_one_graph
+from .torch_backend import in_one_graph, wants_gradient
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -15,8 +14,7 @@ def channels_first(x: Tensor) -> Tensor:
     On a CPU without gradients it goes piece by piece: PyTorch's copy reads with strides from
     all over the map.
     """
-    wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    if x.device.type != 'cpu' or wants_gradient or in_one_graph():
+    if x.device.type != 'cpu' or wants_gradient(x) or in_one_graph():
         return x.permute(0, 3, 1, 2).contiguous()
     n, height, width, channels = x.shape
     output = x.new_empty(n, channels, height, width)

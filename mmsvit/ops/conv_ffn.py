@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .cpu_cache import rows_in_cache
-from .torch_backend import in_one_graph, under_autocast
+from .torch_backend import in_one_graph, under_autocast, wants_gradient
 
 # A piece of the hidden map may be larger than the cache where the weights, which every piece reads
 # again, are large.
@@ -40,17 +40,16 @@ def conv_ffn(
     Returns:
         ``(N, H, W, C')``, with ``residual`` possibly ``x`` itself.
     """
-    tensors = (x, *fc1, *dwconv, *fc2)
-    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    differentiable = wants_gradient(x, *fc1, *dwconv, *fc2)
     by_rows = x.device.type == 'cpu' and not in_one_graph() and not _is_half(x, dwconv[0])
-    if wants_gradient:
+    if differentiable:
         by_rows = by_rows and _rows_of_a_piece(x, fc1[0]) < x.shape[1]
     if not by_rows:
         hidden = F.gelu(F.linear(x, *fc1))
         output = F.linear(convolve_and_add(hidden, *dwconv), *fc2)
-        return add(output, x, in_place=not wants_gradient) if residual else output
+        return add(output, x, in_place=not differentiable) if residual else output
     parameters = (*fc1, _add_identity(dwconv[0]), dwconv[1], *fc2)
-    if wants_gradient:
+    if differentiable:
         output = _ByRows.apply(x, *parameters)
         return x + output if residual else output
     x = x.contiguous()

@@ -43,6 +43,11 @@ def in_one_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of any of them, so that none may be overwritten."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _pad(tokens: Tensor, bottom: int, right: int) -> Tensor:
     """Add rows and columns of zeros to (N, H, W, C), or crop as many if they are negative."""
     if not in_one_graph() and bottom == right == 0:
