@@ -1,9 +1,12 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: from the command line to a config."""
+"""What ``tools/train.py`` and ``tools/test.py`` share: the way in, to a config, and the way out."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -113,3 +116,24 @@ def add_guards(cfg: Config) -> None:
     checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
     if checkpoint is not None and checkpoint['type'] in ('CheckpointHook', CheckpointHook):
         checkpoint['type'] = 'mmsvit.SafeCheckpointHook'
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run the main function of a tool, and leave its process group in order.
+
+    Threads of a group that the interpreter does not outlive abort the process when it ends, and a
+    run that has finished is reported as failed. They go with the last that refers to the group:
+    what wraps the model, which the runner and the traceback of an exit hold.
+
+    Raises:
+        SystemExit: With the status that ``main`` left with, or 0.
+    """
+    status = None
+    try:
+        main()
+    except SystemExit as stop:
+        status = stop.code
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
+    sys.exit(status)

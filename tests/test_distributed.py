@@ -68,7 +68,8 @@ def test_two_processes_train_as_one(shapes, tmp_path):
     run_python(ROOT / 'tools' / 'train.py', one, '--work-dir', tmp_path / 'still', *still)
     scripts = Path(sys.executable).parent
     path = f'{scripts}{os.pathsep}{os.environ["PATH"]}'
-    env = dict(os.environ, PATH=path, OMP_NUM_THREADS='1', PORT=free_port())
+    gpus = {'CUDA_VISIBLE_DEVICES': ''}
+    env = dict(os.environ, **gpus, PATH=path, OMP_NUM_THREADS='1', PORT=free_port())
     result = subprocess.run(
         ['bash', ROOT / 'tools' / 'dist_train.sh', two, '2', '--work-dir', tmp_path / 'two'],
         env=env,
@@ -87,6 +88,51 @@ def test_two_processes_train_as_one(shapes, tmp_path):
         torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5)
 
 
+LEAVE = """
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+from mmsvit.stop_signal import StopSignalHook
+
+def threads_of_group():
+    names = {path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')}
+    return names & {'pt_gloo_runloop'}
+
+def after_train_iter(self, runner, *args, **kwargs):
+    assert threads_of_group()
+    if stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finish(self, runner, *args, **kwargs)
+
+tool, port, stopped = sys.argv[1], sys.argv[2], sys.argv[3] == 'stopped'
+sys.argv[1:] = sys.argv[4:]
+os.environ.update(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # The threads are gloo's.
+finish, StopSignalHook.after_train_iter = StopSignalHook.after_train_iter, after_train_iter
+try:
+    runpy.run_path(tool, run_name='__main__')
+except SystemExit as stop:
+    assert stop.code == (143 if stopped else None), stop.code
+else:
+    raise AssertionError('the tool did not exit')
+assert not threads_of_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('end', ['finished', 'stopped'])
+def test_no_thread_of_the_group_is_left_at_the_end(shapes, tmp_path, end):
+    """One that outlives the interpreter aborts a run that has done all its work, now and then."""
+    config = tmp_path / 'config.py'
+    base = str(ROOT / 'configs' / 'svit_upernet_shapes.py')
+    config.write_text(CONFIG.format(base=base, batch_size=2, data=f'{shapes}/'))
+    options = ['--launcher', 'pytorch', '--work-dir', tmp_path / 'work']
+    run_python('-c', LEAVE, ROOT / 'tools' / 'train.py', free_port(), end, config, *options)
+
+
 SHARDED = """
 import os
 import sys
@@ -99,29 +145,34 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import RUNNERS
+from mmsvit.cli import run
 
-os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[2])
-torch.cuda.set_device = lambda *_: None  # MMEngine's strategy asks for a GPU even with gloo.
-cfg = Config.fromfile(mmsvit.config_path('mask_rcnn/mask-rcnn_svit-l_fpn_fsdp-1x_coco.py'))
-cfg.merge_from_dict({
-    'work_dir': sys.argv[1], 'launcher': 'pytorch', 'env_cfg.dist_cfg.backend': 'gloo',
-    'model.backbone.init_cfg': None,
-})
-runner = RUNNERS.build(cfg)
-assert type(runner.strategy).__name__ == 'FSDPStrategy'
-runner.strategy.model_wrapper['device_id'] = torch.device('cpu')
-plain = runner.strategy.build_model(cfg.model)
-names = list(plain.state_dict())
-model = runner.strategy._wrap_model(plain)
-parts = sum(type(module).__name__ == 'FullyShardedDataParallel' for module in model.modules())
-assert parts > 10, parts
-cfg.optim_wrapper.type = 'OptimWrapper'  # AMP needs a GPU.
-del cfg.optim_wrapper['dtype'], cfg.optim_wrapper['loss_scale']
-optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-assert {group['weight_decay'] for group in optim_wrapper.param_groups} == {0.0, 0.05}
-losses = model.train_step(demo_mm_inputs(1, [[3, 64, 64]], with_mask=True), optim_wrapper)
-assert torch.isfinite(losses['loss']), losses
-assert list(model.state_dict()) == names  # One file, as of a model that is not sharded.
+def main():
+    os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[2])
+    torch.cuda.set_device = lambda *_: None  # MMEngine's strategy asks for a GPU even with gloo.
+    cfg = Config.fromfile(mmsvit.config_path('mask_rcnn/mask-rcnn_svit-l_fpn_fsdp-1x_coco.py'))
+    cfg.merge_from_dict({
+        'work_dir': sys.argv[1], 'launcher': 'pytorch', 'env_cfg.dist_cfg.backend': 'gloo',
+        'model.backbone.init_cfg': None,
+    })
+    runner = RUNNERS.build(cfg)
+    assert type(runner.strategy).__name__ == 'FSDPStrategy'
+    runner.strategy.model_wrapper['device_id'] = torch.device('cpu')
+    plain = runner.strategy.build_model(cfg.model)
+    names = list(plain.state_dict())
+    model = runner.strategy._wrap_model(plain)
+    parts = sum(type(module).__name__ == 'FullyShardedDataParallel' for module in model.modules())
+    assert parts > 10, parts
+    cfg.optim_wrapper.type = 'OptimWrapper'  # AMP needs a GPU.
+    del cfg.optim_wrapper['dtype'], cfg.optim_wrapper['loss_scale']
+    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    assert {group['weight_decay'] for group in optim_wrapper.param_groups} == {0.0, 0.05}
+    losses = model.train_step(demo_mm_inputs(1, [[3, 64, 64]], with_mask=True), optim_wrapper)
+    assert torch.isfinite(losses['loss']), losses
+    assert list(model.state_dict()) == names  # One file, as of a model that is not sharded.
+
+run(main)
 """
 
 

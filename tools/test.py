@@ -13,7 +13,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmsvit.checkpoint import read_checkpoint
-from mmsvit.cli import add_arguments, add_hook, load_config
+from mmsvit.cli import add_arguments, add_hook, load_config, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -12,7 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmsvit.checkpoint import SAFETENSORS, read_checkpoint
-from mmsvit.cli import add_arguments, add_guards, add_hook, load_config
+from mmsvit.cli import add_arguments, add_guards, add_hook, load_config, run
 from mmsvit.safe_checkpoint import check_writable, newest_whole_checkpoint
 
 
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)
