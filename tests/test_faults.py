@@ -544,7 +544,7 @@ def test_a_scaler_that_finds_no_scale_ends_the_run(fused, scaled, images, tmp_pa
 def test_nan_on_one_process_is_skipped_and_stopped_at_on_all(images, tmp_path):
     # Three iterations to an epoch. One skipped step may stand alone, two in a row end the run.
     codes, reports = end_of(start_two(tmp_path, images, '--poison', '3', '6', '7'))
-    assert codes == [1, 1]
+    assert all(codes), codes  # 1, or gloo's threads abort a process that an error ends.
     for report in reports:
         assert 'FloatingPointError: ' in report and 'at iteration 8 (epoch 3)' in report
     assert 'nothing on this process' in reports[0]

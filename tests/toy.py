@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mmsvit import SViT
 from mmsvit.checkpoint import read_checkpoint
-from mmsvit.cli import add_guards
+from mmsvit.cli import add_guards, run
 
 EPOCHS, IMAGES, BATCH = 3, 12, 2
 
@@ -233,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)
