@@ -126,7 +126,7 @@ def run(main: Callable[[], None]) -> None:
     what wraps the model, which the runner and the traceback of an exit hold.
 
     Raises:
-        SystemExit: With the status that ``main`` left with, or 0.
+        SystemExit: With the status that ``main`` left with, if it did not return.
     """
     status = None
     try:
@@ -136,4 +136,5 @@ def run(main: Callable[[], None]) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         gc.collect()
-    sys.exit(status)
+    if status is not None:
+        sys.exit(status)
