@@ -116,3 +116,28 @@ def test_the_sum_keeps_the_precision_of_x_under_autocast():
         found = conv_ffn.convolve_and_add(x, kernel, bias)
     # 100 itself would be rounded by up to 0.25, the convolution's few units are by 0.02.
     assert found.dtype == torch.float32 and (found - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize('frozen', [(0,), (1, 2, 3, 4, 5, 6), (3, 5), (2, 4, 6)])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_keeps_its_own(rows, frozen):
+    tensors = inputs(2, 9, 5, 6)
+    expected = torch.autograd.grad(run(*tensors).square().sum(), tensors)
+    for index in frozen:
+        tensors[index].requires_grad_(False)
+    run(*tensors).square().sum().backward()
+    for index, (tensor, one) in enumerate(zip(tensors, expected)):
+        if index in frozen:
+            assert tensor.grad is None
+        else:
+            torch.testing.assert_close(tensor.grad, one, rtol=1e-12, atol=1e-10)
+
+
+def test_a_backward_pass_under_autocast_keeps_the_precision_of_the_forward_pass(monkeypatch):
+    monkeypatch.setattr(conv_ffn, '_rows_of_a_piece', lambda x, *parameters: 3)
+    tensors = inputs(2, 9, 5, 6, dtype=torch.float32)
+    expected = torch.autograd.grad(run(*tensors).sum(), tensors)
+    output = run(*tensors).sum()
+    with torch.autocast('cpu', torch.bfloat16):
+        found = torch.autograd.grad(output, tensors)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)

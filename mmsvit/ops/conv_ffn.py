@@ -8,13 +8,15 @@ backward pass computes it again. (That gradient cannot be differentiated once mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .cpu_cache import rows_in_cache
-from .torch_backend import in_one_graph, under_autocast, wants_gradient
+from .torch_backend import in_one_graph, under_autocast, wants_gradient, without_autocast
 
 # A piece of the hidden map may be larger than the cache where the weights, which every piece reads
 # again, are large.
@@ -114,33 +116,13 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, *parameters = ctx.saved_tensors
-        rows = _rows_of_a_piece(x, parameters[0])
-        height = x.shape[1]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        totals = [torch.zeros_like(tensor) for tensor in (x, *parameters)]
-        for n in range(x.shape[0]):
-            for first in range(0, height, rows):
-                last = min(first + rows, height)
-                above, below = int(first > 0), int(last < height)
-                part = slice(first - above, last + below)
-                inputs = [tensor.detach() for tensor in (x[n : n + 1, part], *parameters)]
-                for i in wanted:
-                    inputs[i].requires_grad_()
-                with torch.enable_grad():
-                    out = _part(*inputs, missing_above=1 - above, missing_below=1 - below)
-                grads = torch.autograd.grad(
-                    out, [inputs[i] for i in wanted], grad[n : n + 1, first:last]
-                )
-                for i, one in zip(wanted, grads):
-                    total = totals[i] if i else totals[0][n : n + 1, part]
-                    total += one
-        return tuple(
-            total if needed else None for total, needed in zip(totals, ctx.needs_input_grad)
-        )
+        with without_autocast(grad.device):
+            return _gradients(ctx.needs_input_grad, grad.contiguous(), *ctx.saved_tensors)
 
 
-def _part(
+def _gradients(
+    needed: Sequence[bool],
+    grad: Tensor,
     x: Tensor,
     w1: Tensor,
     b1: Tensor,
@@ -148,13 +130,65 @@ def _part(
     bias: Tensor,
     w2: Tensor,
     b2: Tensor,
-    missing_above: int,
-    missing_below: int,
-) -> Tensor:
-    """Some rows of the result from these and a row above and below, or zeros at the border."""
-    hidden = F.gelu(F.linear(x, w1, b1))
-    hidden = F.pad(hidden, (0, 0, 0, 0, missing_above, missing_below))
-    return F.linear(_convolve(hidden, kernel, bias, pad_rows=0), w2, b2)
+) -> tuple[Tensor | None, ...]:
+    """Gradients of those of ``x`` and the parameters that need one."""
+    height, width = x.shape[1:3]
+    dims = w1.shape[0]
+    rows = min(_rows_of_a_piece(x, w1), height)
+    # Each piece writes over the one before: nothing new comes into the cache.
+    linear = x.new_empty((rows + 2) * width, dims)
+    hidden = x.new_empty(1, rows + 2, width, dims)
+    convolved_grad = x.new_empty(1, rows, width, dims)
+    totals = [
+        torch.zeros_like(tensor) if wanted else None
+        for tensor, wanted in zip((x, w1, b1, kernel, bias, w2, b2), needed)
+    ]
+    x_total, w1_total, b1_total, kernel_total, bias_total, w2_total, b2_total = totals
+    for n in range(x.shape[0]):
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            # A row above and one below, where the image has them, or else zeros.
+            above, below = int(first > 0), int(last < height)
+            tokens = x[n, first - above : last + below].flatten(0, 1)
+            before = linear[: tokens.shape[0]]
+            torch.mm(tokens, w1.t(), out=before).add_(b1)
+            map_in = hidden[:, : last - first + 2]
+            map_in[:, 0] = map_in[:, -1] = 0
+            inside = slice(1 - above, last - first + 1 + below)
+            torch.ops.aten.gelu.out(before, out=map_in[0, inside].flatten(0, 1))
+            output_grad = grad[n, first:last].flatten(0, 1)
+            if w2_total is not None:
+                convolved = _convolve(map_in, kernel, bias, pad_rows=0).flatten(0, 2)
+                w2_total.addmm_(output_grad.t(), convolved)
+            if b2_total is not None:
+                b2_total += output_grad.sum(0)
+            map_grad = convolved_grad[:, : last - first]
+            torch.mm(output_grad, w2, out=map_grad.flatten(0, 2))
+            hidden_grad, *grads = torch.ops.aten.convolution_backward(
+                map_grad.permute(0, 3, 1, 2),
+                map_in.permute(0, 3, 1, 2),
+                kernel,
+                bias_sizes=[dims],
+                stride=[1, 1],
+                padding=[0, 1],
+                dilation=[1, 1],
+                transposed=False,
+                output_padding=[0, 0],
+                groups=dims,
+                output_mask=[True, kernel_total is not None, bias_total is not None],
+            )
+            for total, one in zip((kernel_total, bias_total), grads):
+                if total is not None:
+                    total += one
+            hidden_grad = hidden_grad.permute(0, 2, 3, 1)[0, inside].flatten(0, 1)
+            torch.ops.aten.gelu_backward.grad_input(hidden_grad, before, grad_input=hidden_grad)
+            if x_total is not None:
+                x_total[n, first - above : last + below].flatten(0, 1).addmm_(hidden_grad, w1)
+            if w1_total is not None:
+                w1_total.addmm_(hidden_grad.t(), tokens)
+            if b1_total is not None:
+                b1_total += hidden_grad.sum(0)
+    return tuple(totals)
 
 
 def _infer_by_rows(
