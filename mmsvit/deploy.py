@@ -37,9 +37,9 @@ class GELUAndAffine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         pixels = x.permute(0, 2, 3, 1)
-        can_write = pixels.is_contiguous() and x.dtype == self.scale.dtype and not in_one_graph()
+        can_write = pixels.is_contiguous() and not in_one_graph()
         if wants_gradient(x) or not can_write:
-            pixels = torch.addcmul(self.shift, F.gelu(pixels), self.scale)
+            pixels = torch.addcmul(self.shift, F.gelu(pixels), self.scale).to(x.dtype)
             return pixels.permute(0, 3, 1, 2)
         pixels = pixels.flatten(0, 2)
         if x.device.type == 'cpu':

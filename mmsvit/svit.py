@@ -14,6 +14,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from mmengine.logging import print_log
@@ -194,8 +196,16 @@ def _is_plain(layer: nn.Module | None) -> bool:
 
     Somebody may have put another in its place, say for low-rank adaptation, or listen to it.
     """
-    hooks = layer is not None and (layer._forward_hooks or layer._forward_pre_hooks)
-    return type(layer) in (nn.Linear, nn.Conv2d) and not hooks
+    if layer is None or (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    ):
+        return False
+    if type(layer) is nn.GELU:
+        return layer.approximate == 'none'
+    return type(layer) in (nn.Linear, nn.Conv2d)
 
 
 class ConvFFN(nn.Module):
@@ -219,7 +229,8 @@ class ConvFFN(nn.Module):
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C), with ``residual`` added to ``x``, maybe into its memory."""
         layers = (self.fc1, self.dwconv, self.fc2)
-        if all(_is_plain(layer) for layer in layers) and not (self.training and self.drop.p):
+        plain = all(_is_plain(layer) for layer in (*layers, self.act))
+        if plain and not (self.training and self.drop.p):
             weights = ((layer.weight, layer.bias) for layer in layers)
             return conv_ffn(x, *weights, residual=residual)
         hidden = self.drop(self.act(self.fc1(x)))
@@ -311,6 +322,10 @@ def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(num_batches_tracked)
 
 
+def _contexts_of_both_passes(block: nn.Module) -> tuple[AbstractContextManager, ...]:
+    return contextlib.nullcontext(), _frozen_running_statistics(block)
+
+
 class Stage(nn.Module):
     """Blocks at one resolution, then the down-sampling to the next stage where there is one.
 
@@ -331,18 +346,13 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C), without the down-sampling."""
         for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(
-                    block,
-                    x,
-                    use_reentrant=False,
-                    context_fn=lambda b=block: (
-                        contextlib.nullcontext(),
-                        _frozen_running_statistics(b),
-                    ),
-                )
-            else:
+            if not (self.with_cp and torch.is_grad_enabled()):
                 x = block(x)
+            elif torch.compiler.is_compiling():  # What it computes again counts no batch.
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                contexts = partial(_contexts_of_both_passes, block)
+                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return x
 
 
@@ -603,6 +613,8 @@ class SViT(BaseModule):
                 block.fold_into_linear()
             if stage.downsample is not None:
                 stage.downsample = deploy.fuse_conv_and_norm(stage.downsample)
+        # Convolutions of channels-last maps copy kernels of another layout at every call.
+        self.to(memory_format=torch.channels_last)
         self.eval()
         self.deployed = True
         self.register_load_state_dict_pre_hook(deploy.refuse_weights)

@@ -107,6 +107,34 @@ def test_a_layer_put_in_the_place_of_ours_is_used():
     torch.testing.assert_close(ffn(x), expected)
 
 
+def test_an_activation_put_in_the_place_of_ours_is_used():
+    torch.manual_seed(0)
+    ffn, x = ConvFFN(6, 12), torch.randn(1, 4, 4, 6)
+    ours = ffn(x)
+    ffn.act = nn.ReLU()
+    hidden = ffn.act(ffn.fc1(x)).permute(0, 3, 1, 2)
+    expected = ffn.fc2((hidden + ffn.dwconv(hidden)).permute(0, 2, 3, 1))
+    torch.testing.assert_close(ffn(x), expected)
+    assert (expected - ours).abs().max() > 0.01
+
+
+@pytest.mark.parametrize('name', ['fc1', 'act', 'dwconv', 'fc2'])
+@pytest.mark.parametrize(
+    'register',
+    [
+        'register_forward_hook',
+        'register_forward_pre_hook',
+        'register_full_backward_hook',
+        'register_full_backward_pre_hook',
+    ],
+)
+def test_who_listens_to_a_layer_hears_it(name, register):
+    ffn, heard = ConvFFN(6, 12), []
+    getattr(ffn.get_submodule(name), register)(lambda *_: heard.append(name))
+    ffn(torch.randn(1, 4, 4, 6, requires_grad=True)).sum().backward()
+    assert heard == [name]
+
+
 def test_the_sum_keeps_the_precision_of_x_under_autocast():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 9, 9, 4, generator=generator) + 100

@@ -81,3 +81,17 @@ def test_a_deployed_model_takes_no_weights_of_a_trained_one():
     model.switch_to_deploy()
     with pytest.raises(RuntimeError, match='load them before switch_to_deploy'):
         model.load_state_dict(weights, strict=False)
+
+
+@pytest.mark.parametrize('keep_graph', [False, True])
+def test_maps_keep_their_dtype_under_autocast(keep_graph):
+    # Without layer scale: its float32 factors make float32 of what they are not folded into.
+    model, dtypes = trained(out_indices=(0, 1)), []
+    for _ in range(2):
+        for module in (model.stem, *model.stages):
+            module.register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
+        with torch.autocast('cpu', torch.bfloat16), torch.set_grad_enabled(keep_graph):
+            outputs = model(torch.randn(1, 3, 64, 64))
+        dtypes.extend(output.dtype for output in outputs)
+        model.switch_to_deploy()
+    assert set(dtypes) == {torch.bfloat16}

@@ -131,6 +131,20 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(checkpointed[key], value, msg=key)
 
 
+@pytest.mark.slow
+def test_gradient_checkpointing_compiles():
+    results = []
+    for compiled in (False, True):
+        model = make(with_cp=True).train()
+        torch._dynamo.reset()
+        run = torch.compile(model, backend='aot_eager', fullgraph=True) if compiled else model
+        sum((output**2).mean() for output in run(images())).backward()
+        gradients = {f'grad of {n}': p.grad for n, p in model.named_parameters()}
+        results.append({**model.state_dict(), **gradients})
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
 def test_drop_path_drops_whole_samples():
     model = make(drop_path_rate=0.9).train()
     drop_path = model.stages[-1].blocks[-1].drop_path

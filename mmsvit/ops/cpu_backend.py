@@ -6,6 +6,7 @@ PyTorch's own gradients: those are in :mod:`.custom_ops`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,6 +29,7 @@ def _pieces(
     grid_h, grid_w = (height + h - 1) // h, (width + w - 1) // w
     # Of each cell there are its tokens, and its nine neighbours or what these get.
     step = rows_in_cache(n * grid_w * (h * w + 9) * channels * itemsize)
+    step = math.ceil(grid_h / max(1, round(grid_h / step)))
     for first in range(0, grid_h, step):
         last = min(first + step, grid_h)
         yield slice(first, last), slice(first, last + 2), slice(first * h, min(last * h, height))
@@ -91,11 +93,12 @@ def sample(
                 part = _gather_neighbours(padded[:, halo]) @ cells.transpose(-1, -2)
                 part = part.softmax(dim=3)
                 _scatter_neighbours(part @ cells, sums[:, halo])
-                _scatter_neighbours(part.sum(dim=4, keepdim=True), masses[:, halo])
                 association.append(part)
+            association = torch.cat(association, dim=1) if len(association) > 1 else association[0]
+            _scatter_neighbours(association.sum(dim=4, keepdim=True), masses)
             mass = masses[:, 1:-1, 1:-1].contiguous()
             super_tokens = sums[:, 1:-1, 1:-1] / (mass + EPS)
-        return super_tokens.to(tokens.dtype), torch.cat(association, dim=1), mass
+        return super_tokens.to(tokens.dtype), association, mass
 
 
 def aggregate(
