@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -155,6 +157,25 @@ def test_what_the_test_tools_need_agrees_with_the_constraints(lock_requirements,
         and pins[canonicalize_name(needed.name)].removeprefix('==') not in needed.specifier
     ]
     assert not disagree
+
+
+def test_source_distribution_has_what_sets_it_up(tmp_path):
+    source = tmp_path / 'source'
+    source.mkdir()
+    (source / 'mmsvit').mkdir()
+    shutil.copy(ROOT / 'mmsvit' / '__init__.py', source / 'mmsvit')
+    shutil.copytree(ROOT / 'tools', source / 'tools')
+    wanted = {f'tools/{path.name}' for path in (ROOT / 'tools').glob('*.*')}
+    for kind in ('txt', 'md', 'yml', 'py', 'toml'):
+        for path in ROOT.glob(f'[!.]*.{kind}'):
+            shutil.copy(path, source)
+            wanted.add(path.name)
+    shutil.copy(ROOT / 'MANIFEST.in', source)
+    run_python('-c', 'from setuptools.build_meta import build_sdist as f; f(".")', cwd=source)
+    (packed,) = source.glob('*.tar.gz')
+    with tarfile.open(packed) as archive:
+        found = {name.partition('/')[2] for name in archive.getnames()}
+    assert not wanted - found
 
 
 def test_wheels_are_told_apart_by_all_that_matters(setup_env, monkeypatch, tmp_path):
