@@ -6,7 +6,7 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -48,6 +48,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def _find_sync_bn(node: object, key: str) -> Iterator[str]:
+    """The keys of a config under which a batch norm is one that processes share."""
+    parts = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, value in parts:
+        if name == 'type' and 'SyncB' in str(value):
+            yield f'{key}.type'
+        elif isinstance(value, (dict, list, tuple)):
+            yield from _find_sync_bn(value, f'{key}.{name}')
+
+
+def check_sync_bn(cfg: Config) -> None:
+    """Refuse to train in several processes without GPUs what torch can only train on GPUs.
+
+    Raises:
+        ValueError: The model has SyncBN; the message says how to do without.
+    """
+    keys = list(_find_sync_bn(cfg.model, 'model'))
+    if keys:
+        options = ' '.join(f'{key}=BN' for key in keys)
+        raise ValueError(
+            'several processes train SyncBN on CUDA GPUs only, and torch finds none. Train in one '
+            'process (--launcher none), or with batch statistics of each process: --cfg-options '
+            f'{options}'
+        )
+
+
 def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     """Read the config of ``args``, apply the options, and check that its data is there.
 
@@ -61,7 +87,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
 
     Raises:
         FileNotFoundError: The config or data it names does not exist.
-        ValueError: The data does not have the classes of the config.
+        ValueError: The data does not have the classes of the config, or SyncBN cannot be trained.
     """
     if args.trust_checkpoint:
         trust_checkpoints()
@@ -77,6 +103,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
 
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        if 'train' in splits:
+            check_sync_bn(cfg)
         torch.distributed.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel'))
         cfg.model_wrapper_cfg.device_ids = None

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_python
+from mmengine.config import Config
+
+from mmsvit.cli import check_sync_bn
 
 # Without what is random or depends on who sees which image: dropout, flips, batch statistics,
 # class weights, by which the loss is averaged.
@@ -86,6 +89,17 @@ def test_two_processes_train_as_one(shapes, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['svit_upernet_ade20k', 'svit_cascade_maskrcnn_coco'])
+def test_training_of_sync_bn_without_gpus_is_refused_and_says_how(name):
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    with pytest.raises(ValueError, match='SyncBN on CUDA GPUs only') as error:
+        check_sync_bn(cfg)
+    options = str(error.value).partition('--cfg-options ')[2].split()
+    cfg.merge_from_dict(dict(option.split('=') for option in options))
+    assert 'SyncBN' not in str(cfg.model)
+    check_sync_bn(cfg)
 
 
 LEAVE = """
