@@ -234,6 +234,9 @@ def build_model(cfg: Config, folder: Path) -> nn.Module:
     model = MODELS.build(cfg.model)
     model.backbone.init_weights()
     model.eval()
+    if 'roi_head' in dict(model.named_children()):
+        heads = [head for head in model.roi_head.modules() if hasattr(head, 'num_classes')]
+        assert len({head.num_classes for head in heads}) == 1
     with torch.no_grad():
         features = model.extract_feat(torch.rand(1, 3, 64, 96))
         for name in ('rpn_head', 'bbox_head', 'decode_head', 'auxiliary_head'):
@@ -348,7 +351,7 @@ def pins() -> dict[str, set[str]]:
 def check_pip(arguments: list[str]) -> None:
     """Whether pip would install versions that we pin."""
     assert arguments[0] == 'install'
-    if arguments[1:] == ['-e', '.']:
+    if arguments[1:] in (['-e', '.'], ['.']):
         return
     for requirement in map(Requirement, arguments[1:]):
         versions = pins()[requirement.name]

@@ -296,7 +296,7 @@ def test_load_from_takes_the_authors_file_under_our_names():
 
 
 def test_scripts_say_how_to_call_them():
-    for script in ('dist_train.sh', 'dist_test.sh', 'slurm_train.sh'):
+    for script in ('dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'):
         result = subprocess.run(
             ['bash', ROOT / 'tools' / script], capture_output=True, text=True, check=False
         )
