@@ -1,4 +1,4 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: the way in, to a config, and the way out."""
+"""What the tools share: options, the way in, to a config, and the way out."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that ``tools/train.py`` and ``tools/test.py`` share."""
-    add_trust_option(parser)
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, for :func:`read_config`."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -38,6 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='settings to override, as key=value pairs: model.backbone.arch=base '
         "'train_dataloader.batch_size=4' 'key=[a,b]'",
     )
+
+
+def read_config(file: str | Path, options: dict | None) -> Config:
+    """Read a config, and write the ``options`` of ``--cfg-options`` into it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    cfg = Config.fromfile(file)
+    if options is not None:
+        cfg.merge_from_dict(options)
+    return cfg
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``tools/train.py`` and ``tools/test.py`` share."""
+    add_trust_option(parser)
+    add_config_options(parser)
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -91,9 +108,7 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
     """
     if args.trust_checkpoint:
         trust_checkpoints()
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

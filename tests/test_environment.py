@@ -101,6 +101,7 @@ def test_everything_is_pinned(setup_env, family):
 def test_what_the_requirements_bring_along_is_pinned_to_the_same(
     setup_env, lock_requirements, family
 ):
+    assert lock_requirements.REQUIREMENTS == setup_env.REQUIREMENTS
     pins = lock_requirements.read_pins(family)
     newest, oldest = (read_constraints(family, python) for python in ('3.12', '3.10'))
     for found in (newest, oldest):
