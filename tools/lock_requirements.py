@@ -3,7 +3,8 @@
     python tools/lock_requirements.py onedl        # constraints-onedl.txt
     python tools/lock_requirements.py openmmlab    # constraints-openmmlab.txt
 
-Run it with the Python of an environment in which the tests have passed. What the requirements
+Run it with the Python of an environment in which the tests have passed, with the test tools
+(tools/setup_env.py --dev): they narrow the versions that others may have. What the requirements
 pin keeps that pin, everything else gets the version that is installed. Lines for Pythons before
 3.11 are kept as they are: an environment of Python 3.11 knows nothing about them.
 """
