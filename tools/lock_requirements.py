@@ -12,6 +12,7 @@ pin keeps that pin, everything else gets the version that is installed. Lines fo
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def read_pins(family: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if line.strip() and not line.startswith('#')]
 
 
+def find_distribution(wanted: Requirement) -> metadata.Distribution:
+    """What is installed under the name of a requirement.
+
+    Raises:
+        SystemExit: Nothing is.
+    """
+    names = [wanted.name]
+    if wanted.name == 'mmcv':  # Without compiled ops OpenMMLab's has another name.
+        names.append('mmcv-lite')
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.distribution(name)
+    raise SystemExit(f'{wanted} is not installed; run this in a complete environment')
+
+
 def find_all(pins: list[Requirement]) -> dict[str, metadata.Distribution]:
     """What is installed of these requirements and of theirs, by canonical name.
 
@@ -50,12 +66,7 @@ def find_all(pins: list[Requirement]) -> dict[str, metadata.Distribution]:
         name = canonicalize_name(wanted.name)
         if name in found and wanted.extras <= extras[name]:
             continue
-        try:
-            found[name] = metadata.distribution(wanted.name)
-        except metadata.PackageNotFoundError as error:
-            raise SystemExit(
-                f'{wanted} is not installed; run this in a complete environment'
-            ) from error
+        found[name] = find_distribution(wanted)
         extras[name] = extras.get(name, set()) | wanted.extras
         for line in found[name].requires or ():
             inner = Requirement(line)
