@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import subprocess
@@ -11,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_python
-from mmengine.config import Config
 
-from mmsvit.cli import check_sync_bn
+from mmsvit import cli
 
 # Without what is random or depends on who sees which image: dropout, flips, batch statistics,
 # class weights, by which the loss is averaged.
@@ -92,14 +92,22 @@ def test_two_processes_train_as_one(shapes, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['svit_upernet_ade20k', 'svit_cascade_maskrcnn_coco'])
-def test_training_of_sync_bn_without_gpus_is_refused_and_says_how(name):
-    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+def test_training_of_sync_bn_without_gpus_is_refused_and_says_how(name, monkeypatch):
+    monkeypatch.setattr(cli, 'check_data', lambda cfg, splits: None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: None)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    options = ['--launcher', 'pytorch', '--cfg-options', 'model.backbone.init_cfg=None']
+    parser = argparse.ArgumentParser()
+    parser.add_argument('config')
+    cli.add_arguments(parser)
+    command = [str(ROOT / 'configs' / f'{name}.py'), *options]
+    cli.load_config(parser.parse_args(command), ('test',))
     with pytest.raises(ValueError, match='SyncBN on CUDA GPUs only') as error:
-        check_sync_bn(cfg)
-    options = str(error.value).partition('--cfg-options ')[2].split()
-    cfg.merge_from_dict(dict(option.split('=') for option in options))
+        cli.load_config(parser.parse_args(command), ('train', 'val'))
+    command += str(error.value).partition('--cfg-options ')[2].split()
+    cfg = cli.load_config(parser.parse_args(command), ('train', 'val'))
     assert 'SyncBN' not in str(cfg.model)
-    check_sync_bn(cfg)
 
 
 LEAVE = """
