@@ -42,6 +42,7 @@ setup(
     description='SViT, the Super Token Vision Transformer, for MMDetection and MMSegmentation',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
+    author='mmsvit contributors',
     license='Apache-2.0',
     classifiers=[
         'Programming Language :: Python :: 3',

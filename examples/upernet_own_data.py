@@ -50,6 +50,7 @@ val_dataloader = dict(
         data_prefix=dict(img_path='val', seg_map_path='annotations/semantic_val'),
         pipeline=[
             dict(type='LoadImageFromFile'),
+            # Of other sizes, replace tta_pipeline as well, which has multiples of this one.
             dict(type='Resize', scale=(2048, 512), keep_ratio=True),
             dict(type='LoadAnnotations'),
             dict(type='PackSegInputs'),

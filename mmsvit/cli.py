@@ -1,4 +1,4 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share: the way in, to a config, and the way out."""
+"""What the tools share: options, the way in, to a config, and the way out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,10 +27,8 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that ``tools/train.py`` and ``tools/test.py`` share."""
-    add_trust_option(parser)
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``, for :func:`read_config`."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -38,6 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='settings to override, as key=value pairs: model.backbone.arch=base '
         "'train_dataloader.batch_size=4' 'key=[a,b]'",
     )
+
+
+def read_config(file: str | Path, options: dict | None) -> Config:
+    """Read a config, and write the ``options`` of ``--cfg-options`` into it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    cfg = Config.fromfile(file)
+    if options is not None:
+        cfg.merge_from_dict(options)
+    return cfg
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``tools/train.py`` and ``tools/test.py`` share."""
+    add_trust_option(parser)
+    add_config_options(parser)
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints')
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -46,6 +63,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torchrun's predecessor passes this on; torchrun sets the variable itself.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def _find_sync_bn(node: object, key: str) -> Iterator[str]:
+    """The keys of a config under which a batch norm is one that processes share."""
+    parts = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, value in parts:
+        if name == 'type' and 'SyncB' in str(value):
+            yield f'{key}.type'
+        elif isinstance(value, (dict, list, tuple)):
+            yield from _find_sync_bn(value, f'{key}.{name}')
+
+
+def check_sync_bn(cfg: Config) -> None:
+    """Refuse to train in several processes without GPUs what torch can only train on GPUs.
+
+    Raises:
+        ValueError: The model has SyncBN; the message says how to do without.
+    """
+    keys = list(_find_sync_bn(cfg.model, 'model'))
+    if keys:
+        options = ' '.join(f'{key}=BN' for key in keys)
+        raise ValueError(
+            'several processes train SyncBN on CUDA GPUs only, and torch finds none. Train in one '
+            'process (--launcher none), or with batch statistics of each process: --cfg-options '
+            f'{options}'
+        )
 
 
 def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
@@ -61,13 +104,11 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
 
     Raises:
         FileNotFoundError: The config or data it names does not exist.
-        ValueError: The data does not have the classes of the config.
+        ValueError: The data does not have the classes of the config, or SyncBN cannot be trained.
     """
     if args.trust_checkpoint:
         trust_checkpoints()
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -77,6 +118,8 @@ def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
 
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        if 'train' in splits:
+            check_sync_bn(cfg)
         torch.distributed.init_process_group('gloo')
         cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel'))
         cfg.model_wrapper_cfg.device_ids = None

@@ -5,9 +5,19 @@ from __future__ import annotations
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, load_state_dict
+from torch import nn
 
 from .checkpoint import backbone_state_dict, check_fit, model_state_dict
 from .registry import HOOKS
+
+
+def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
+    """The backbones of a model by their names, such as ``'backbone'`` or ``'student.backbone'``."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition('.')[2] == 'backbone'
+    }
 
 
 @HOOKS.register_module()
@@ -33,12 +43,16 @@ class StrictCheckpointHook(Hook):
         Raises:
             RuntimeError, ValueError: They do not fit, or there are none; the message names them.
         """
+        weights = model_state_dict(checkpoint)
         if self.backbone_only:
             model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            found = backbone_state_dict(checkpoint, 'backbone.')
-            check_fit(found, model.backbone.state_dict(), f'load_from={runner._load_from!r}')
-            return
-        weights = model_state_dict(checkpoint)
-        load_state_dict(runner.model, weights, strict=True)
+            for name, backbone in find_backbones(model).items():
+                # To both branches of its semi-supervised detectors MMDetection gives the weights
+                # of a plain one.
+                inside = any(key.startswith(f'{name}.') for key in weights)
+                found = backbone_state_dict(weights, name if inside else 'backbone')
+                check_fit(found, backbone.state_dict(), f'load_from={runner._load_from!r}')
+        else:
+            load_state_dict(runner.model, weights, strict=True)
         if weights is not checkpoint:
             checkpoint['state_dict'] = weights

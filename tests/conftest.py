@@ -26,7 +26,17 @@ if importlib.util.find_spec('triton') is None:
     OPS_PLACES.remove(OPS_PLACES[-1])
 
 ROOT = Path(__file__).resolve().parent.parent
+# Marks of the tests that run only if ``-m`` names them.
+ON_DEMAND = ('all_configs', 'stress', 'peers')
 GOLDEN = Path(__file__).resolve().parent / 'golden'
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes long or downloads, and is not asked for by its mark."""
+    unasked = [mark for mark in ON_DEMAND if mark not in config.option.markexpr]
+    left_out = [item for item in items if any(map(item.get_closest_marker, unasked))]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def golden_arch(name: str) -> dict:

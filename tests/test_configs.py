@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_python
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
@@ -29,6 +32,13 @@ OLD_KEYS = {
     'evaluation',
     'log_config',
 }
+
+
+SEGMENTORS = [
+    *(path for path in CONFIGS if re.search(r'upernet|ade20k', path.name)),
+    ROOT / 'examples' / 'upernet_own_data.py',
+]
+LOAD = 'LoadAnnotations'
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -101,12 +111,26 @@ def test_weight_decay_spares_norms_biases_and_layer_scale(name, rate):
         assert group['lr'] == pytest.approx(rate * optimizer.lr), name
 
 
-def test_multi_scale_testing_multiplies_the_size_of_single_scale_testing():
-    cfg = Config.fromfile(config_path('svit_upernet_ade20k.py'))
-    single = cfg.test_pipeline[1]
-    scales = [resize.scale for resize in cfg.tta_pipeline[1].transforms[0]]
-    assert single.type == 'Resize' and single.scale in scales and len(scales) == 6
-    assert all(width == 4 * height for width, height in scales)
+@pytest.mark.parametrize('path', SEGMENTORS, ids=lambda path: path.stem)
+def test_multi_scale_testing_multiplies_the_size_of_single_scale_testing(path):
+    cfg = Config.fromfile(path)
+    init_default_scope('mmseg')
+
+    def sizes(pipeline: list[dict]) -> list[list[int]]:
+        """What the transforms make of a large image; loading is what needs files."""
+        steps = [step for step in pipeline if step['type'] not in ('LoadImageFromFile', LOAD)]
+        image = np.zeros((1500, 2000, 3), np.uint8)
+        sample = dict(img=image, img_shape=image.shape[:2], ori_shape=image.shape[:2])
+        inputs = Compose(steps)(sample)['inputs']
+        inputs = inputs if isinstance(inputs, list) else [inputs]
+        return [list(each.shape[1:]) for each in inputs]
+
+    (single,) = sizes(cfg.test_dataloader.dataset.pipeline)
+    views = cfg.tta_pipeline[1]
+    views.transforms = [each for each in views.transforms if each[0]['type'] != LOAD]
+    ratios = (0.75, 1.0, 1.25) if 'shapes' in path.stem else (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    expected = [[round(side * ratio) for side in single] for ratio in ratios for _ in range(2)]
+    np.testing.assert_allclose(sizes(cfg.tta_pipeline), expected, atol=1)
 
 
 def test_config_path_lists_what_there_is():

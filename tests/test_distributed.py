@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_python
+
+from mmsvit import cli
 
 # Without what is random or depends on who sees which image: dropout, flips, batch statistics,
 # class weights, by which the loss is averaged.
@@ -86,6 +89,25 @@ def test_two_processes_train_as_one(shapes, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['svit_upernet_ade20k', 'svit_cascade_maskrcnn_coco'])
+def test_training_of_sync_bn_without_gpus_is_refused_and_says_how(name, monkeypatch):
+    monkeypatch.setattr(cli, 'check_data', lambda cfg, splits: None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda backend: None)
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    options = ['--launcher', 'pytorch', '--cfg-options', 'model.backbone.init_cfg=None']
+    parser = argparse.ArgumentParser()
+    parser.add_argument('config')
+    cli.add_arguments(parser)
+    command = [str(ROOT / 'configs' / f'{name}.py'), *options]
+    cli.load_config(parser.parse_args(command), ('test',))
+    with pytest.raises(ValueError, match='SyncBN on CUDA GPUs only') as error:
+        cli.load_config(parser.parse_args(command), ('train', 'val'))
+    command += str(error.value).partition('--cfg-options ')[2].split()
+    cfg = cli.load_config(parser.parse_args(command), ('train', 'val'))
+    assert 'SyncBN' not in str(cfg.model)
 
 
 LEAVE = """

@@ -234,6 +234,9 @@ def build_model(cfg: Config, folder: Path) -> nn.Module:
     model = MODELS.build(cfg.model)
     model.backbone.init_weights()
     model.eval()
+    if 'roi_head' in dict(model.named_children()):
+        heads = [head for head in model.roi_head.modules() if hasattr(head, 'num_classes')]
+        assert len({head.num_classes for head in heads}) == 1
     with torch.no_grad():
         features = model.extract_feat(torch.rand(1, 3, 64, 96))
         for name in ('rpn_head', 'bbox_head', 'decode_head', 'auxiliary_head'):
@@ -243,8 +246,17 @@ def build_model(cfg: Config, folder: Path) -> nn.Module:
 
 
 def build_optimizer(cfg: Config, folder: Path) -> None:
-    wrapper = build_optim_wrapper(MODELS.build(cfg.model), cfg.optim_wrapper)
-    assert len({group['lr'] for group in wrapper.optimizer.param_groups}) > 1
+    """Whether SViT is trained as it has to be: by AdamW, and norms without weight decay."""
+    model = MODELS.build(cfg.model)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    if 'constructor' in cfg.optim_wrapper:
+        assert len({group['lr'] for group in optimizer.param_groups}) > 1
+    decay = {
+        id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']
+    }
+    for name, parameter in model.backbone.named_parameters():
+        assert (decay[id(parameter)] == 0) is (parameter.ndim == 1), name
 
 
 def build_hooks(cfg: Config, folder: Path) -> None:
@@ -271,7 +283,7 @@ def build_config(code: str, folder: Path) -> None:
     """Build what a part of a config sets, in a config that it fits into."""
     names = [node.targets[0].id for node in ast.parse(code).body]
     if '_base_' not in names:
-        whole = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'
+        whole = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
         base = config_path(whole if 'model' in names else 'svit_maskrcnn_coco.py')
         code = f'_base_ = {base!r}\n{code}'
         names = ['_base_', *names] if 'model' not in names else names
@@ -279,6 +291,8 @@ def build_config(code: str, folder: Path) -> None:
     file.write_text(code)
     cfg = Config.fromfile(file)
     init_default_scope(cfg.get('default_scope', 'mmseg' if 'mmseg::' in code else 'mmdet'))
+    if 'optim_wrapper' in cfg:  # From the base, if not from the page.
+        names.append('optim_wrapper')
     for build in dict.fromkeys(BUILDERS[name] for name in names):
         build(cfg, folder)
 
@@ -337,7 +351,7 @@ def pins() -> dict[str, set[str]]:
 def check_pip(arguments: list[str]) -> None:
     """Whether pip would install versions that we pin."""
     assert arguments[0] == 'install'
-    if arguments[1:] == ['-e', '.']:
+    if arguments[1:] in (['-e', '.'], ['.']):
         return
     for requirement in map(Requirement, arguments[1:]):
         versions = pins()[requirement.name]
@@ -460,6 +474,16 @@ def sources() -> str:
     texts = [file.read_text() for file in files] + [inspect.getsource(module) for module in theirs]
     # Texts that go on in the next line of the source.
     return re.sub(r"""['"]\s*\n\s*f?['"]""", '', '\n'.join(texts))
+
+
+@pytest.mark.parametrize('asked', ['not slow', 'stress'])
+def test_what_runs_on_demand_runs_on_demand_alone(asked):
+    """Whatever else ``-m`` selects."""
+    files = ['tests/stress', 'tests/peers/test_mmseg_suite.py', 'tests/test_layer_decay.py']
+    result = run_python('-m', 'pytest', '--collect-only', '-q', '-m', asked, *files)
+    found = {line.split('::')[0] for line in result.stdout.splitlines() if '::' in line}
+    stress = {str(path.relative_to(ROOT)) for path in ROOT.glob('tests/stress/test_*.py')}
+    assert found == (stress if asked == 'stress' else {'tests/test_layer_decay.py'})
 
 
 def test_error_texts_are_those_that_appear():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -99,6 +101,7 @@ def test_everything_is_pinned(setup_env, family):
 def test_what_the_requirements_bring_along_is_pinned_to_the_same(
     setup_env, lock_requirements, family
 ):
+    assert lock_requirements.REQUIREMENTS == setup_env.REQUIREMENTS
     pins = lock_requirements.read_pins(family)
     newest, oldest = (read_constraints(family, python) for python in ('3.12', '3.10'))
     for found in (newest, oldest):
@@ -123,6 +126,57 @@ def test_the_environment_is_made_with_the_constraints(setup_env, tmp_path, monke
     resolving = [command for command in commands if '--no-deps' not in command]
     assert len(resolving) == 2
     assert all(command[:2] == ('-c', 'constraints-onedl.txt') for command in resolving)
+
+
+def test_an_active_environment_gets_the_test_tools_with_its_constraints(
+    setup_env, monkeypatch, capsys
+):
+    commands = []
+    there = Path('bin', 'python'), 'openmmlab'
+    monkeypatch.setattr(setup_env, 'working_environment', lambda family: there)
+    monkeypatch.setattr(setup_env, 'install', lambda python, *args: commands.append(args))
+    monkeypatch.setattr(sys, 'argv', ['setup_env.py', '--dev'])
+    setup_env.main()
+    assert commands[-1] == ('-c', 'constraints-openmmlab.txt', '-r', 'requirements-dev.txt')
+    assert capsys.readouterr().out == 'bin/python\n'
+
+
+@pytest.mark.parametrize('family', ['onedl', 'openmmlab'])
+def test_what_the_test_tools_need_agrees_with_the_constraints(lock_requirements, family):
+    present = {canonicalize_name(one.name) for one in metadata.distributions()}
+    lines = (ROOT / 'requirements-dev.txt').read_text().splitlines()
+    tools = [Requirement(line) for line in lines if not line.startswith('#')]
+    tools = [tool for tool in tools if canonicalize_name(tool.name) in present]
+    assert tools
+    pins = read_constraints(family, '.'.join(map(str, sys.version_info[:2])))
+    disagree = [
+        f'{name} needs {needed}, the pin is {pins[canonicalize_name(needed.name)]}'
+        for name, distribution in lock_requirements.find_all(tools).items()
+        for needed in map(Requirement, distribution.requires or ())
+        if canonicalize_name(needed.name) in pins
+        and (needed.marker is None or needed.marker.evaluate({'extra': ''}))
+        and pins[canonicalize_name(needed.name)].removeprefix('==') not in needed.specifier
+    ]
+    assert not disagree
+
+
+def test_source_distribution_has_what_sets_it_up(tmp_path):
+    source = tmp_path / 'source'
+    source.mkdir()
+    (source / 'mmsvit').mkdir()
+    shutil.copy(ROOT / 'mmsvit' / '__init__.py', source / 'mmsvit')
+    shutil.copytree(ROOT / 'tools', source / 'tools')
+    wanted = {f'tools/{path.name}' for path in (ROOT / 'tools').glob('*.*')}
+    for kind in ('txt', 'md', 'yml', 'py', 'toml'):
+        for path in ROOT.glob(f'[!.]*.{kind}'):
+            shutil.copy(path, source)
+            wanted.add(path.name)
+    shutil.copy(ROOT / 'MANIFEST.in', source)
+    run_python('-c', 'from setuptools.build_meta import build_sdist as f; f(".")', cwd=source)
+    (packed,) = source.glob('*.tar.gz')
+    with tarfile.open(packed) as archive:
+        found = {name.partition('/')[2] for name in archive.getnames()}
+    assert not wanted - found
 
 
 def test_wheels_are_told_apart_by_all_that_matters(setup_env, monkeypatch, tmp_path):
@@ -197,8 +251,9 @@ def test_an_active_environment_must_have_the_family_that_is_asked_for(setup_env,
     other = {'onedl': 'openmmlab', 'openmmlab': 'onedl'}[family]
     monkeypatch.setenv('VIRTUAL_ENV', sys.prefix)
     assert setup_env.working_environment(other) is None
-    assert setup_env.working_environment(None) == setup_env.working_environment(family)
-    assert Path(sys.prefix) in setup_env.working_environment(family).parents
+    python, found = setup_env.working_environment(family)
+    assert Path(sys.prefix) in python.parents and found == family
+    assert setup_env.working_environment(None) == (python, family)
     monkeypatch.setattr(setup_env, 'works', lambda python: False)
     assert setup_env.working_environment(family) is None
 

@@ -7,14 +7,23 @@ import os
 import pickle
 import subprocess
 import sys
+from argparse import Namespace
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import GOLDEN, ROOT, golden_arch, import_tool, run_python, small_arch
+from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
+from torch import nn
 
+from mmsvit import SViT
+from mmsvit.checkpoint import read_checkpoint
 from mmsvit.mmcv_ext import is_stand_in
+from mmsvit.strict_checkpoint import StrictCheckpointHook
 
 CONFIG = ROOT / 'configs' / 'svit_maskrcnn_shapes.py'
 MMDET_TOOLS = Path(find_spec('mmdet').origin).parent / '.mim' / 'tools'
@@ -234,8 +243,60 @@ def test_auto_scale_lr_is_applied(shapes, tmp_path):
     assert 'Scaling the original LR by 0.5' in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    ('wrapper', 'found'),
+    [
+        (dict(type='OptimWrapper'), dict(type='AmpOptimWrapper', loss_scale='dynamic')),
+        (dict(type=AmpOptimWrapper), dict(type='AmpOptimWrapper', loss_scale='dynamic')),
+        (dict(type='DeepSpeedOptimWrapper'), None),
+    ],
+)
+def test_amp_replaces_no_wrapper_that_does_more(wrapper, found):
+    cfg = Config(dict(optim_wrapper=wrapper))
+    args = Namespace(config='mine.py', amp=True, auto_scale_lr=False, resume=None)
+    train = import_tool('train')
+    if found is None:
+        with pytest.raises(SystemExit, match=r'mine\.py has DeepSpeedOptimWrapper'):
+            train.apply_options(cfg, args)
+    else:
+        train.apply_options(cfg, args)
+        assert cfg.optim_wrapper == found
+
+
+class TwoBranches(nn.Module):
+    """As MMDetection's semi-supervised detectors are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for branch in ('student', 'teacher'):
+            setattr(self, branch, nn.ModuleDict(dict(backbone=SViT(small_arch()))))
+
+
+@pytest.mark.parametrize('source', ['itself', 'detector'])
+@pytest.mark.parametrize('damaged', ['', 'student.', 'teacher.'])
+def test_every_backbone_of_a_model_is_held_to_load_from(source, damaged):
+    model = TwoBranches()
+    saved = model if source == 'itself' else model.student
+    weights = dict(saved.state_dict())
+    if damaged:
+        branch = damaged if source == 'itself' else ''
+        del weights[f'{branch}backbone.stem.0.weight']
+    runner = SimpleNamespace(model=model, _load_from='checkpoint.pth')
+    hook = StrictCheckpointHook(backbone_only=True)
+    with pytest.raises(ValueError, match=r'stem\.0\.weight') if damaged else nullcontext():
+        hook.after_load_checkpoint(runner, dict(state_dict=weights))
+
+
+def test_load_from_takes_the_authors_file_under_our_names():
+    model = nn.ModuleDict(dict(backbone=SViT(golden_arch('tiny'))))
+    checkpoint = read_checkpoint(GOLDEN / 'tiny.pth')
+    runner = SimpleNamespace(model=model, _load_from='tiny.pth')
+    StrictCheckpointHook(backbone_only=True).after_load_checkpoint(runner, checkpoint)
+    assert model.state_dict().keys() <= checkpoint['state_dict'].keys()
+
+
 def test_scripts_say_how_to_call_them():
-    for script in ('dist_train.sh', 'dist_test.sh', 'slurm_train.sh'):
+    for script in ('dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'):
         result = subprocess.run(
             ['bash', ROOT / 'tools' / script], capture_output=True, text=True, check=False
         )

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 
-from mmengine.config import Config, DictAction
 from mmengine.runner import set_random_seed
 from rich.console import Console
 
+from mmsvit.cli import add_config_options, read_config
 from mmsvit.dataset_inspection import inspect_data
 
 
@@ -31,9 +31,7 @@ def parse_args() -> argparse.Namespace:
         '--samples', type=int, default=200, help='images to decode of each data set'
     )
     number.add_argument('--all', action='store_true', help='decode all of them')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='settings to override, as key=value'
-    )
+    add_config_options(parser)
     args = parser.parse_args()
     if args.samples < 0:
         parser.error('--samples must be 0 or more')
@@ -43,11 +41,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        cfg = Config.fromfile(args.config)
+        cfg = read_config(args.config, args.cfg_options)
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
     set_random_seed(0)
     try:
         report = inspect_data(cfg, args.splits, samples=None if args.all else args.samples)

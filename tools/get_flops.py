@@ -18,11 +18,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
 from rich import print as rich_print
 from rich.progress import track
 from rich.table import Table
 
+from mmsvit.cli import add_config_options, read_config
 from mmsvit.config_complexity import ConfigFigures, MetafileEntry, count_config, read_metafile
 
 EXPLANATION = """\
@@ -61,12 +61,7 @@ def parse_args() -> argparse.Namespace:
         help='image to count for; by default 800 1280 for detectors, 512 2048 for segmentors, '
         'and what the test pipeline crops to for classifiers',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings to override, as key=value pairs: model.backbone.arch=base',
-    )
+    add_config_options(parser)
     parser.add_argument('--markdown', type=Path, metavar='FILE', help='also write a table for docs')
     parser.add_argument(
         '--zoo', type=Path, metavar='FILE', help='also update the tables of results in this file'
@@ -201,9 +196,7 @@ def main() -> None:
     args = parse_args()
     results = []
     for entry in track(list_entries(args.configs), description='counting', transient=True):
-        cfg = Config.fromfile(entry.config)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
+        cfg = read_config(entry.config, args.cfg_options)
         try:
             figures = count_config(cfg, args.shape)
         except ValueError as error:

@@ -3,7 +3,8 @@
     python tools/lock_requirements.py onedl        # constraints-onedl.txt
     python tools/lock_requirements.py openmmlab    # constraints-openmmlab.txt
 
-Run it with the Python of an environment in which the tests have passed. What the requirements
+Run it with the Python of an environment in which the tests have passed, with the test tools
+(tools/setup_env.py --dev): they narrow the versions that others may have. What the requirements
 pin keeps that pin, everything else gets the version that is installed. Lines for Pythons before
 3.11 are kept as they are: an environment of Python 3.11 knows nothing about them.
 """
@@ -11,6 +12,7 @@ pin keeps that pin, everything else gets the version that is installed. Lines fo
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -35,6 +37,21 @@ def read_pins(family: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if line.strip() and not line.startswith('#')]
 
 
+def find_distribution(wanted: Requirement) -> metadata.Distribution:
+    """What is installed under the name of a requirement.
+
+    Raises:
+        SystemExit: Nothing is.
+    """
+    names = [wanted.name]
+    if wanted.name == 'mmcv':  # Without compiled ops OpenMMLab's has another name.
+        names.append('mmcv-lite')
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.distribution(name)
+    raise SystemExit(f'{wanted} is not installed; run this in a complete environment')
+
+
 def find_all(pins: list[Requirement]) -> dict[str, metadata.Distribution]:
     """What is installed of these requirements and of theirs, by canonical name.
 
@@ -49,12 +66,7 @@ def find_all(pins: list[Requirement]) -> dict[str, metadata.Distribution]:
         name = canonicalize_name(wanted.name)
         if name in found and wanted.extras <= extras[name]:
             continue
-        try:
-            found[name] = metadata.distribution(wanted.name)
-        except metadata.PackageNotFoundError as error:
-            raise SystemExit(
-                f'{wanted} is not installed; run this in a complete environment'
-            ) from error
+        found[name] = find_distribution(wanted)
         extras[name] = extras.get(name, set()) | wanted.extras
         for line in found[name].requires or ():
             inner = Requirement(line)

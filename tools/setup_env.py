@@ -113,8 +113,8 @@ def works(python: Path) -> bool:
     return subprocess.run(command, env=env, capture_output=True).returncode == 0
 
 
-def working_environment(family: str | None) -> Path | None:
-    """The Python of an active environment, or this one, if mmsvit works in it.
+def working_environment(family: str | None) -> tuple[Path, str] | None:
+    """The Python of an active environment, or this one, and its family, if mmsvit works in it.
 
     Args:
         family: The releases that it must have; None for either.
@@ -129,7 +129,7 @@ def working_environment(family: str | None) -> Path | None:
     installed = result.stdout.split()
     if len(installed) != 1 or family not in (None, *installed) or not works(python):
         return None
-    return python
+    return python, installed[0]
 
 
 def read_requirements(family: str) -> tuple[list[str], str]:
@@ -367,14 +367,15 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        python = None
+        there = None
         if args.venv is None and args.ops == 'auto':
-            python = working_environment(args.family)
-        if python is not None:
+            there = working_environment(args.family)
+        if there is not None:
+            python, family = there
             say(f'using the environment of {python}, which works')
             install(python, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
             if args.dev:
-                install(python, '-r', DEV_REQUIREMENTS)
+                install(python, '-c', CONSTRAINTS[family], '-r', DEV_REQUIREMENTS)
             print(python)
             return
         family = args.family or 'onedl'

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -41,6 +42,12 @@ def parse_args() -> argparse.Namespace:
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     """Write ``--amp``, ``--auto-scale-lr`` and ``--resume`` into the config."""
     if args.amp:
+        kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+        if kind not in ('OptimWrapper', 'AmpOptimWrapper', OptimWrapper, AmpOptimWrapper):
+            raise SystemExit(
+                f'--amp makes optim_wrapper.type AmpOptimWrapper, but {args.config} has {kind}, '
+                'which would be lost: set its own mixed precision in the config, without --amp'
+            )
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:

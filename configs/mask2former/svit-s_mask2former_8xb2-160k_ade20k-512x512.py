@@ -3,8 +3,11 @@
 _base_ = [
     __import__('mmsvit').config_path(
         'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py'
-    )
+    ),
+    '../_base_/ade20k_tta.py',
 ]
+
+tta_pipeline = _base_.multi_scale_pipeline
 
 model = dict(
     backbone=dict(
