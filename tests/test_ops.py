@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from mmsvit.ops import cpu_backend, cpu_cache, custom_ops, distribute, sample, torch_backend
 
 # Token map, cell, channels, iterations: divided and not, one row, one column, one cell, cells
-# beyond the map, not square, in several tiles, channels in several blocks.
+# beyond the map, not square, in several tiles, channels in several blocks. The last three are
+# tiled as in the published models: patches of 1x2 cells, with 256 channels at once, and of one.
 CASES = [
     ((8, 8), (4, 4), 6, 1),
     ((5, 25), (4, 4), 20, 2),
@@ -21,6 +22,9 @@ CASES = [
     ((5, 7), (3, 1), 33, 1),
     ((40, 30), (32, 32), 12, 1),
     ((3, 12), (2, 2), 300, 1),
+    ((10, 21), (8, 8), 64, 1),
+    ((9, 17), (4, 4), 192, 1),
+    ((9, 10), (8, 8), 128, 1),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
