@@ -57,7 +57,7 @@ def test_reads_names():
         parse_candidate, ('svit-b', 'svit-s:16-8-2-1', 'svit-s:8-4-2-1+deploy+compile+triton')
     )
     assert plain.backbone['arch']['super_token_sizes'] == (8, 4, 1, 1)
-    assert plain.out_channels == [96, 192, 384, 512] and plain.backend is None
+    assert plain.out_channels == [96, 192, 384, 512] and plain.backend == 'auto'
     assert sizes.backbone['arch']['super_token_sizes'] == (16, 8, 2, 1)
     assert sizes.backbone['arch']['depths'] == (3, 5, 9, 3)
     assert flags.flags == {'deploy', 'compile', 'triton'} and flags.backend == 'triton'
@@ -164,12 +164,12 @@ def test_refuses_what_cannot_be_run(name, mode, message):
 
 
 def test_a_backend_is_chosen_by_name():
-    case = Case('backbone', (32, 32))
-    for name, expected in (('svit-s', 'auto'), ('svit-s+torch', 'torch')):
-        model = build_workload(parse_candidate(name), case).model
-        chosen = {m.backend for m in model.modules() if isinstance(m, SuperTokenAttention)}
-        assert chosen == {expected}
-        assert find_backend(parse_candidate(name), case) == 'torch'
+    for case in (Case('backbone', (32, 32)), Case('op', (32, 32))):
+        for name, expected in (('svit-s', 'auto'), ('svit-s+torch', 'torch')):
+            model = build_workload(parse_candidate(name), case).model
+            chosen = {m.backend for m in model.modules() if isinstance(m, SuperTokenAttention)}
+            assert chosen == {expected}
+            assert find_backend(parse_candidate(name), case) == 'torch'
     assert find_backend(parse_candidate('r50'), case) is None
 
 

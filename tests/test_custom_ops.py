@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import OPS_PLACES, run_python
+from conftest import OPS_PLACES, run_python, small_arch
+from mmengine.registry import MODELS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -62,6 +63,31 @@ def test_triton_by_name_where_it_cannot_run(monkeypatch, by):
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     with pytest.raises(RuntimeError, match=r'not in torch\.float64'):
         choose_backend(CPU, torch.float64, backend)
+
+
+def test_a_config_chooses_for_the_whole_backbone(monkeypatch):
+    asked = []
+
+    def ask(x, backend):
+        asked.append(backend)
+        return torch_backend
+
+    monkeypatch.setattr(custom_ops, '_backend_for', ask)
+    cfg = dict(type='mmsvit.SViT', arch=small_arch())
+    for name in ('auto', 'torch', 'triton'):
+        MODELS.build(dict(cfg, ops_backend=name)).eval()(random(1, 3, 64, 64))
+        # Of its blocks, three sample, and distribute.
+        assert asked == [name] * 6
+        asked.clear()
+    with pytest.raises(ValueError, match=r"ops_backend.*'auto', 'torch', 'triton'.*'cuda'"):
+        MODELS.build(dict(cfg, ops_backend='cuda'))
+
+
+def test_a_config_refuses_what_cannot_run_here(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    model = MODELS.build(dict(type='mmsvit.SViT', arch=small_arch(), ops_backend='triton'))
+    with pytest.raises(RuntimeError, match=r'=triton, but Triton needs a CUDA device.*on cpu'):
+        model(random(2, 3, 64, 64))
 
 
 @pytest.mark.parametrize(
