@@ -232,6 +232,19 @@ def test_wrong_arguments_are_named():
             distribute(association, supers, *arguments)
     with pytest.raises(ValueError, match='as many super tokens'):
         distribute(association, supers[:, :1], (4, 4), (8, 8))
+    with pytest.raises(ValueError, match=r'\(N, Gh, Gw, C\).*\(2, 2, 4\)'):
+        distribute(association, supers[0], (4, 4), (8, 8))
+    with pytest.raises(ValueError, match=r'super tokens must be floating point.*int64'):
+        distribute(association, supers.long(), (4, 4), (8, 8))
+    for dtype in (torch.int64, torch.float16):
+        with pytest.raises(ValueError, match=f'association must be float32 or.*found {dtype}'):
+            distribute(association.to(dtype), supers, (4, 4), (8, 8))
+
+
+def test_an_empty_batch_gives_empty_maps(place):
+    found = results(random(0, 5, 9, 6).float(), (2, 4), 2, *place)
+    shapes = [(0, 3, 3, 6), (0, 3, 3, 9, 8), (0, 5, 9, 6), (0, 3, 3, 6), (0, 5, 9, 6)]
+    assert [tuple(tensor.shape) for tensor in found.values()] == shapes
 
 
 @pytest.mark.parametrize('rows_of_cells', [1, 2])
