@@ -129,8 +129,10 @@ def test_against_exact_result(place, dtype, shape, cell, channels, num_iters):
             assert error[name] <= (2 * eps + 20 * single) * size[name], name
     else:
         plain = errors(results(tokens, cell, num_iters, 'torch', device), exact)
-        # Halves split a factor of the association's products in two, of 16 bits or more.
-        split = 0 if dtype == torch.float32 else 2**-13
+        # Halves multiply a factor of the association's products in two summands. Of bfloat16 that
+        # is 16 bits, which only a GPU sees: Triton's interpreter gets float32 in its place, so
+        # without a GPU the kernels' own products of bfloat16 are compiled, and never run.
+        split = 2**-15 if dtype == torch.bfloat16 else 0
         for name in exact:
             slack = single * 4 + (split if name == 'association' else 0)
             assert error[name] <= 2 * plain[name] + slack * size[name], name
