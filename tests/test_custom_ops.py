@@ -210,30 +210,32 @@ def test_flops_are_those_of_the_products(place, num_iters):
 
 
 # Triton compiles for a GPU that is not there if it is told about one. The interpreter
-# runs what the compiler refuses.
+# runs what the compiler refuses. Of all that have compute capability 8.0 or more, those of 8.6 and
+# 8.9 share least memory among the threads of a program: 99 KB.
 COMPILE = """
-import os
+import os, sys
 os.environ.pop('TRITON_INTERPRET', None)
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-class Hopper:
+class Absent:
     get_current_device = get_current_stream = staticmethod(lambda *args: 0)
-    get_current_target = staticmethod(lambda: GPUTarget('cuda', 90, 32))
+    get_current_target = staticmethod(lambda: GPUTarget('cuda', int(sys.argv[1]), 32))
 
-driver.set_active(Hopper())
+driver.set_active(Absent())
 run, kernels = JITFunction.run, set()
 
 def compile_only(self, *args, grid, warmup, **options):
     kernel = run(self, *args, grid=grid, warmup=True, **options)
-    assert kernel.metadata.shared <= 227 * 1024, kernel.metadata
+    assert kernel.metadata.shared <= 99 * 1024, kernel.metadata
     kernels.add(kernel.hash)
 
 JITFunction.run = compile_only
 from mmsvit.ops import triton_backend
 for dtype, cell, channels in (
-    (torch.bfloat16, (8, 8), 64), (torch.float32, (2, 2), 320), (torch.float16, (2, 3), 5)
+    (torch.bfloat16, (8, 8), 64), (torch.float32, (2, 2), 320), (torch.float16, (2, 3), 5),
+    (torch.bfloat16, (8, 8), 192), (torch.float32, (32, 32), 640),
 ):
     for shape in ((40, 56), (1, 17)):
         tokens = torch.empty(2, *shape, channels, dtype=dtype)
@@ -247,8 +249,10 @@ print(len(kernels))
 
 @pytest.mark.slow
 @pytest.mark.skipif(('triton', 'cpu') not in OPS_PLACES, reason='no Triton, or a GPU to run on')
-def test_kernels_compile_once_for_all_sizes():
+@pytest.mark.parametrize('capability', ['80', '90'])
+def test_kernels_compile_once_for_all_sizes(capability):
     # The mean; aggregation with and without association, and without storing it; adding up to
     # means, to super tokens with their mass, with and without division; distribution likewise.
     # Where tokens are float32, means are super tokens as well.
-    assert run_python('-c', COMPILE).stdout.split() == [str(10 + 9 + 10)]
+    found = run_python('-c', COMPILE, capability).stdout
+    assert found.split() == [str(10 + 9 + 10 + 10 + 9)]
