@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -100,6 +101,9 @@ class SuperTokenAttention(nn.Module):
             The super tokens, ``(N, Gh, Gw, C)``, one for each cell, and the association,
             see :func:`mmsvit.ops.sample`.
         """
+        # On CUDA, autocast makes what a layer norm gives float32: twice the bytes to read.
+        if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled('cuda'):
+            x = x.to(torch.get_autocast_dtype('cuda'))
         return ops.sample(x, self.super_token_size, self.num_iters, self.backend)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import deploy
 from .checkpoint import backbone_state_dict, check_fit, load_pretrained, model_state_dict
+from .ops.backend import BACKENDS
 from .ops.channels_first import channels_first
 from .ops.conv_ffn import add, conv_ffn, convolve_and_add
 from .registry import MODELS
@@ -262,6 +263,7 @@ class SuperTokenBlock(nn.Module):
         token_sampling: str = 'super_token',
         pos_embed: bool = True,
         conv_ffn: bool = True,
+        ops_backend: str = 'auto',
     ) -> None:
         super().__init__()
         self.pos_embed = None
@@ -269,7 +271,14 @@ class SuperTokenBlock(nn.Module):
             self.pos_embed = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = ATTENTIONS[token_sampling](
-            embed_dims, num_heads, super_token_size, num_iters, qkv_bias, attn_drop_rate, drop_rate
+            embed_dims,
+            num_heads,
+            super_token_size,
+            num_iters,
+            qkv_bias,
+            attn_drop_rate,
+            drop_rate,
+            ops_backend,
         )
         self.norm2 = _build_norm(norm_cfg, embed_dims)
         self.ffn = ConvFFN(embed_dims, int(embed_dims * mlp_ratio), drop_rate, conv_ffn)
@@ -388,6 +397,9 @@ class SViT(BaseModule):
         out_norm_cfg: A norm for each output, which the published classifier does not
             have: None, or ``type`` ``'LN'`` (over channels), ``'BN'`` or ``'SyncBN'``.
         with_cp: Whether to trade time for memory by gradient checkpointing.
+        ops_backend: Who computes super token sampling: ``'auto'``, ``'torch'`` or ``'triton'``,
+            see :func:`mmsvit.ops.choose_backend`. One that cannot run where the images are
+            is refused by the first forward.
         init_cfg: ``dict(type='Pretrained', checkpoint=PATH)`` for a checkpoint of the
             authors (as they publish it or converted) or of a runner; an optional
             ``prefix`` names the backbone's place in it. None starts from scratch.
@@ -416,6 +428,7 @@ class SViT(BaseModule):
         norm_eval: bool = False,
         out_norm_cfg: dict | None = None,
         with_cp: bool = False,
+        ops_backend: str = 'auto',
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -424,6 +437,8 @@ class SViT(BaseModule):
             raise ValueError(
                 f'token_sampling must be one of {list(ATTENTIONS)}, found {token_sampling!r}'
             )
+        if ops_backend not in BACKENDS:
+            raise ValueError(f'ops_backend must be one of {list(BACKENDS)}, found {ops_backend!r}')
         self._check_arguments(
             embed_dims=arch['embed_dims'],
             in_channels=in_channels,
@@ -484,6 +499,7 @@ class SViT(BaseModule):
                     token_sampling,
                     pos_embed,
                     conv_ffn,
+                    ops_backend,
                 )
                 for rate in drop_path_rates[first : first + depths[i]]
             ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 from dataclasses import fields
 from types import ModuleType
@@ -57,7 +58,7 @@ def test_reads_names():
         parse_candidate, ('svit-b', 'svit-s:16-8-2-1', 'svit-s:8-4-2-1+deploy+compile+triton')
     )
     assert plain.backbone['arch']['super_token_sizes'] == (8, 4, 1, 1)
-    assert plain.out_channels == [96, 192, 384, 512] and plain.backend is None
+    assert plain.out_channels == [96, 192, 384, 512] and plain.backend == 'auto'
     assert sizes.backbone['arch']['super_token_sizes'] == (16, 8, 2, 1)
     assert sizes.backbone['arch']['depths'] == (3, 5, 9, 3)
     assert flags.flags == {'deploy', 'compile', 'triton'} and flags.backend == 'triton'
@@ -164,12 +165,12 @@ def test_refuses_what_cannot_be_run(name, mode, message):
 
 
 def test_a_backend_is_chosen_by_name():
-    case = Case('backbone', (32, 32))
-    for name, expected in (('svit-s', 'auto'), ('svit-s+torch', 'torch')):
-        model = build_workload(parse_candidate(name), case).model
-        chosen = {m.backend for m in model.modules() if isinstance(m, SuperTokenAttention)}
-        assert chosen == {expected}
-        assert find_backend(parse_candidate(name), case) == 'torch'
+    for case in (Case('backbone', (32, 32)), Case('op', (32, 32))):
+        for name, expected in (('svit-s', 'auto'), ('svit-s+torch', 'torch')):
+            model = build_workload(parse_candidate(name), case).model
+            chosen = {m.backend for m in model.modules() if isinstance(m, SuperTokenAttention)}
+            assert chosen == {expected}
+            assert find_backend(parse_candidate(name), case) == 'torch'
     assert find_backend(parse_candidate('r50'), case) is None
 
 
@@ -347,13 +348,33 @@ def test_the_environment_says_what_times_depend_on():
         (['backbone', '--shapes', '800'], "'800' is not HxW"),
         (['backbone', '--shapes', '16x640'], "'16x640' is not HxW"),
         (['backbone', '--rounds', '0'], 'not a whole number'),
+        (['backbone', '--seconds', 'nan'], "'nan' is not a number of seconds"),
+        (['backbone', '--seconds', '-1'], "'-1' is not a number of seconds"),
+        (['backbone', '--seconds', 'inf'], "'inf' is not a number of seconds"),
+        (['backbone', '--seconds', 'ten'], "'ten' is not a number of seconds"),
+        (['backbone', '--out', '.'], "'.' is a folder; "),
+        (['backbone', '--out', 'new/'], "'new/' is a folder; .* such as new/benchmark"),
+        (['backbone', '--out', 'file/out'], '--out file/out: cannot write there: .*File exists'),
+        (['backbone', '--out', 'taken'], '--out taken: cannot write there: .*taken.md'),
+        (['backbone', '--out', '/proc/out'], '--out /proc/out: cannot write there: '),
     ],
 )
-def test_refuses_arguments(arguments, message, monkeypatch, capsys):
+def test_refuses_arguments(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'file').touch()
+    (tmp_path / 'taken.md').mkdir()
     monkeypatch.setattr('sys.argv', ['benchmark.py', *arguments])
     with pytest.raises(SystemExit):
         load_tool().parse_args()
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_seeing_that_files_can_be_written_changes_none(tmp_path, monkeypatch):
+    written = tmp_path / 'out.json'
+    written.write_text('earlier results')
+    monkeypatch.setattr('sys.argv', ['benchmark.py', 'op', '--out', str(tmp_path / 'out')])
+    assert load_tool().parse_args().out == tmp_path / 'out'
+    assert written.read_text() == 'earlier results' and list(tmp_path.iterdir()) == [written]
 
 
 def test_help_names_everything():

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from mmsvit.ops import cpu_backend, cpu_cache, custom_ops, distribute, sample, torch_backend
 
 # Token map, cell, channels, iterations: divided and not, one row, one column, one cell, cells
-# beyond the map, not square, in several tiles, channels in several blocks.
+# beyond the map, not square, in several tiles, channels in several blocks. The last three are
+# tiled as in the published models: patches of 1x2 cells, with 256 channels at once, and of one.
 CASES = [
     ((8, 8), (4, 4), 6, 1),
     ((5, 25), (4, 4), 20, 2),
@@ -21,6 +22,9 @@ CASES = [
     ((5, 7), (3, 1), 33, 1),
     ((40, 30), (32, 32), 12, 1),
     ((3, 12), (2, 2), 300, 1),
+    ((10, 21), (8, 8), 64, 1),
+    ((9, 17), (4, 4), 192, 1),
+    ((9, 10), (8, 8), 128, 1),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -125,8 +129,10 @@ def test_against_exact_result(place, dtype, shape, cell, channels, num_iters):
             assert error[name] <= (2 * eps + 20 * single) * size[name], name
     else:
         plain = errors(results(tokens, cell, num_iters, 'torch', device), exact)
-        # Halves split a factor of the association's products in two, of 16 bits or more.
-        split = 0 if dtype == torch.float32 else 2**-13
+        # Halves multiply a factor of the association's products in two summands. Of bfloat16 that
+        # is 16 bits, which only a GPU sees: Triton's interpreter gets float32 in its place, so
+        # without a GPU the kernels' own products of bfloat16 are compiled, and never run.
+        split = 2**-15 if dtype == torch.bfloat16 else 0
         for name in exact:
             slack = single * 4 + (split if name == 'association' else 0)
             assert error[name] <= 2 * plain[name] + slack * size[name], name
@@ -228,6 +234,19 @@ def test_wrong_arguments_are_named():
             distribute(association, supers, *arguments)
     with pytest.raises(ValueError, match='as many super tokens'):
         distribute(association, supers[:, :1], (4, 4), (8, 8))
+    with pytest.raises(ValueError, match=r'\(N, Gh, Gw, C\).*\(2, 2, 4\)'):
+        distribute(association, supers[0], (4, 4), (8, 8))
+    with pytest.raises(ValueError, match=r'super tokens must be floating point.*int64'):
+        distribute(association, supers.long(), (4, 4), (8, 8))
+    for dtype in (torch.int64, torch.float16):
+        with pytest.raises(ValueError, match=f'association must be float32 or.*found {dtype}'):
+            distribute(association.to(dtype), supers, (4, 4), (8, 8))
+
+
+def test_an_empty_batch_gives_empty_maps(place):
+    found = results(random(0, 5, 9, 6).float(), (2, 4), 2, *place)
+    shapes = [(0, 3, 3, 6), (0, 3, 3, 9, 8), (0, 5, 9, 6), (0, 3, 3, 6), (0, 5, 9, 6)]
+    assert [tuple(tensor.shape) for tensor in found.values()] == shapes
 
 
 @pytest.mark.parametrize('rows_of_cells', [1, 2])

@@ -3,42 +3,65 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden_arch
+from conftest import GOLDEN, OPS_PLACES, golden_arch
 
 from mmsvit import SViT
 from mmsvit.checkpoint import backbone_state_dict
+from mmsvit.ops import custom_ops, super_token, torch_backend
 
 PUBLISHED_PARAMETERS = {'small': 23_943_264, 'base': 50_138_928, 'large': 93_287_664}
-CASES = [('tiny', '64x64'), ('tiny', '97x131'), ('coarse', '128x96'), ('coarse', '75x200')]
+# Who samples. Plain: PyTorch's own operations, as exporters want them. Composed: by the same,
+# but inside the operators, as on a GPU. A CPU does neither by default.
+WAYS = [*OPS_PLACES, ('plain', 'cpu'), ('composed', 'cpu')]
+IMAGES = [('tiny', '64x64'), ('tiny', '97x131'), ('coarse', '128x96'), ('coarse', '75x200')]
+CASES = [(*image, *way) for way in WAYS for image in IMAGES]
 
 
 def relative_error(found: torch.Tensor, expected: np.ndarray) -> float:
     expected = torch.from_numpy(expected)
     assert found.shape == expected.shape
+    found = found.cpu()
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.fixture(scope='module', params=CASES, ids=['-'.join(case) for case in CASES])
+@contextmanager
+def sampled(way: str) -> Iterator[None]:
+    """Super tokens are sampled this way if 'auto' chooses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+        if way == 'plain':
+            patch.setattr(super_token, '_wants_plain_operations', lambda: True)
+        elif way == 'composed':
+            patch.setattr(custom_ops, 'cpu_backend', torch_backend)
+        else:
+            patch.setenv('MMSVIT_OPS_BACKEND', way)
+        yield
+
+
+@pytest.fixture(scope='module', params=CASES, ids='-'.join)
 def result(request):
     """Outputs and gradients of a golden case, computed once."""
-    name, size = request.param
+    name, size, way, device = request.param
     golden = np.load(GOLDEN / f'{name}.npz')
     golden = {key[len(size) + 1 :]: golden[key] for key in golden if key.startswith(f'{size}/')}
     checkpoint = dict(type='Pretrained', checkpoint=str(GOLDEN / f'{name}.pth'))
     model = SViT(golden_arch(name), init_cfg=checkpoint)
     model.init_weights()
-    model.eval()
-    images = torch.from_numpy(golden['input']).requires_grad_()
-    outputs = model(images)
-    loss = 0
-    for i, output in enumerate(outputs):
-        weights = np.random.default_rng(i).normal(size=tuple(output.shape)).astype(np.float32)
-        loss = loss + (output * torch.from_numpy(weights)).mean()
-    loss.backward()
+    model.eval().to(device)
+    images = torch.from_numpy(golden['input']).to(device).requires_grad_()
+    with sampled(way):
+        outputs = model(images)
+        loss = 0
+        for i, output in enumerate(outputs):
+            weights = np.random.default_rng(i).normal(size=tuple(output.shape)).astype(np.float32)
+            loss = loss + (output * torch.from_numpy(weights).to(device)).mean()
+        loss.backward()
     return golden, model, images, outputs, loss
 
 

@@ -21,9 +21,11 @@ others go on. How to read the results: docs/benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +41,7 @@ from mmsvit.benchmarking.candidates import (
 )
 from mmsvit.benchmarking.environment import describe_environment
 from mmsvit.benchmarking.measure import COPY, MIN_ROUNDS, Settings, measure_case
-from mmsvit.benchmarking.report import Report, terminal_table
+from mmsvit.benchmarking.report import Report, list_files, terminal_table
 from mmsvit.benchmarking.workloads import DTYPES, MODES, Case
 
 SCALING_SIDES = (224, 320, 448, 640, 800, 1024, 1280, 1600)
@@ -68,6 +70,36 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of 1 or more')
     return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number of seconds, 0 or more')
+    return number
+
+
+def output_path(text: str) -> Path:
+    path = Path(text)
+    if text.endswith('/') or path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is a folder; files go beside each other under one name, such as '
+            f'{path / "benchmark"}'
+        )
+    return path
+
+
+def check_writable(files: list[Path]) -> None:
+    """Make their folder, and raise OSError if they cannot be written there."""
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=files[0].parent):
+        pass
+    for file in files:
+        if file.exists():
+            file.open('a').close()
 
 
 def listing(meanings: dict[str, str]) -> str:
@@ -121,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--rounds', type=positive, default=10)
     parser.add_argument(
         '--seconds',
-        type=float,
+        type=seconds,
         help=f'begin no more rounds of a case after so long, but do {MIN_ROUNDS} in any case',
     )
     parser.add_argument('--warmup', type=positive, default=2, help='calls before the first round')
@@ -131,7 +163,7 @@ def make_parser() -> argparse.ArgumentParser:
         help='skip peak memory on the CPU, which takes a process for each candidate and case',
     )
     parser.add_argument(
-        '--out', type=Path, metavar='PATH', help='write PATH.json and PATH.md (and PATH.png)'
+        '--out', type=output_path, metavar='PATH', help='write PATH.json and PATH.md (and PATH.png)'
     )
     return parser
 
@@ -149,9 +181,9 @@ def parse_args() -> argparse.Namespace:
         args.shapes = [(s, s) for s in SCALING_SIDES] if args.scaling else [(800, 1344)]
     if args.out is not None:
         try:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(list_files(args.out, args.scaling))
         except OSError as error:
-            parser.error(f'--out {args.out}: cannot make its folder: {error}')
+            parser.error(f'--out {args.out}: cannot write there: {error}')
     if args.device == 'cuda':
         import torch
 

@@ -83,9 +83,9 @@ class Candidate:
         return self.model in SVIT_ARCHS
 
     @property
-    def backend(self) -> str | None:
-        """The backend of the super token operations that was asked for by name."""
-        return next((name for name in ('torch', 'triton') if name in self.flags), None)
+    def backend(self) -> str:
+        """The backend of the super token operations, ``'auto'`` if none was asked for by name."""
+        return next((name for name in ('torch', 'triton') if name in self.flags), 'auto')
 
     @property
     def arch(self) -> dict:
@@ -99,7 +99,12 @@ class Candidate:
     def backbone(self) -> dict:
         """Config of the backbone, as a detector uses it, without weights."""
         if self.is_svit:
-            return dict(type='mmsvit.SViT', arch=self.arch, out_norm_cfg=dict(type='LN'))
+            return dict(
+                type='mmsvit.SViT',
+                arch=self.arch,
+                out_norm_cfg=dict(type='LN'),
+                ops_backend=self.backend,
+            )
         return dict(PEERS[self.model][0])
 
     @property

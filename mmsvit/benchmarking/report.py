@@ -22,6 +22,12 @@ read this and how to repeat it: [README.md](README.md).
 """
 
 
+def list_files(out: Path, scaling: bool) -> list[Path]:
+    """The files of a report: ``out`` with the suffixes .json and .md, and .png for a series."""
+    suffixes = ('json', 'md', 'png') if scaling else ('json', 'md')
+    return [out.with_name(f'{out.name}.{suffix}') for suffix in suffixes]
+
+
 @dataclass
 class Report:
     """A whole benchmark.
@@ -41,17 +47,12 @@ class Report:
     scaling: bool = False
 
     def write(self, out: Path) -> list[Path]:
-        """Write ``out`` with the suffixes .json and .md, and .png for a scaling series.
-
-        Returns:
-            The files.
-        """
-        files = [out.with_name(f'{out.name}.{suffix}') for suffix in ('json', 'md')]
+        """Write the files that :func:`list_files` names, and return them."""
+        files = list_files(out, self.scaling)
         files[0].write_text(json.dumps(self.as_dict(), indent=1) + '\n')
-        plot = out.with_name(f'{out.name}.png') if self.scaling else None
+        plot = files[2] if self.scaling else None
         if plot is not None:
             plot_scaling(self.cases, plot)
-            files.append(plot)
         files[1].write_text(self.as_markdown(plot))
         return files
 

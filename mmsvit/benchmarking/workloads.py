@@ -144,8 +144,6 @@ def _autocast(case: Case) -> torch.autocast:
 
 def _apply_flags(model: nn.Module, candidate: Candidate) -> None:
     """Bring an SViT, a peer or a super token attention into the form that was asked for."""
-    if candidate.backend is not None:
-        _set_backend(model, candidate.backend)
     if 'deploy' in candidate.flags:
         if not hasattr(model, 'switch_to_deploy'):
             raise ValueError(f'+deploy: {type(model).__name__} has no switch_to_deploy()')
@@ -154,13 +152,6 @@ def _apply_flags(model: nn.Module, candidate: Candidate) -> None:
         model.to(memory_format=torch.channels_last)
     if 'compile' in candidate.flags:
         model.compile()
-
-
-def _set_backend(model: nn.Module, backend: str) -> None:
-    """Choose who computes the super token operations."""
-    for module in model.modules():
-        if isinstance(module, SuperTokenAttention):
-            module.backend = backend
 
 
 def find_backend(candidate: Candidate, case: Case) -> str | None:
@@ -172,7 +163,7 @@ def find_backend(candidate: Candidate, case: Case) -> str | None:
     if not candidate.is_svit:
         return None
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
-    return choose_backend(device, dtype, candidate.backend or 'auto')[0]
+    return choose_backend(device, dtype, candidate.backend)[0]
 
 
 def _count(model: nn.Module, shape: tuple[int, ...], device: str) -> tuple[Figures, Counter[str]]:
@@ -194,7 +185,9 @@ def _build_op(candidate: Candidate, case: Case) -> Workload:
     size = (arch['super_token_sizes'][i],) * 2
     if size == (1, 1):
         raise ValueError(f'stage {case.stage} of {candidate.name} does not sample: its size is 1')
-    model = SuperTokenAttention(arch['embed_dims'][i], 1, size, arch['num_iters'][i])
+    model = SuperTokenAttention(
+        arch['embed_dims'][i], 1, size, arch['num_iters'][i], backend=candidate.backend
+    )
     model.attend = nn.Identity()  # Leaves sampling and distribution.
     _apply_flags(model, candidate)
 

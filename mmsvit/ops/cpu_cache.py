@@ -16,4 +16,4 @@ def rows_in_cache(row_bytes: int, at_least_bytes: int = 0) -> int:
         at_least_bytes: What a piece may have in any case.
     """
     budget = max(PIECE_BYTES * torch.get_num_threads(), at_least_bytes)
-    return max(1, budget // row_bytes)
+    return max(1, budget // max(row_bytes, 1))  # Of an empty batch, a row has no bytes.

@@ -75,7 +75,7 @@ def distribute(
     """Give each token the sum of its nine super tokens, weighted by the association.
 
     Args:
-        association: ``(N, Gh, Gw, 9, h*w)`` from :func:`sample`; a constant.
+        association: ``(N, Gh, Gw, 9, h*w)`` from :func:`sample`, float32 or float64; a constant.
         super_tokens: ``(N, Gh, Gw, C)``, any floating dtype.
         cell_size: The cell size that the association was made with.
         token_shape: Height and width ``(H, W)`` of the token map to return.
@@ -85,9 +85,19 @@ def distribute(
         ``(N, H, W, C)`` in the dtype of ``super_tokens``.
 
     Raises:
-        ValueError: The shapes do not belong together, or no such backend.
+        ValueError: An argument is not as described, the shapes do not belong together, or no such
+            backend.
         RuntimeError: The backend was asked for by name and cannot run here.
     """
+    if super_tokens.ndim != 4 or not super_tokens.is_floating_point():
+        raise ValueError(
+            'super tokens must be floating point of shape (N, Gh, Gw, C), found '
+            f'{super_tokens.dtype} of shape {tuple(super_tokens.shape)}'
+        )
+    if association.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f'the association must be float32 or float64, as sample gives it, found {association.dtype}'
+        )
     (height, width), (h, w) = token_shape, cell_size
     n, grid_h, grid_w, _ = super_tokens.shape
     expected = (n, (height + h - 1) // h, (width + w - 1) // w, 9, h * w)

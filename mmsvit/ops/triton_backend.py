@@ -41,9 +41,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv, next_power_of_2
-
-from .backend import is_interpreted
+from triton import JITFunction, cdiv, next_power_of_2
 
 
 @triton.jit
@@ -411,7 +409,8 @@ class Tiling(NamedTuple):
 def _launchable(tensor: Tensor) -> Tensor:
     """``tensor`` as the kernels want it."""
     # Triton's interpreter multiplies bfloat16 wrongly, and rounds to it by truncation.
-    if is_interpreted() and tensor.dtype == torch.bfloat16:
+    interpreted = not isinstance(_mean_kernel, JITFunction)
+    if interpreted and tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
     return tensor.contiguous()
 
