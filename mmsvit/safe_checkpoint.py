@@ -227,18 +227,24 @@ class SafeCheckpointHook(CheckpointHook):
     def save_between(self, runner: Runner) -> None:
         """Save a checkpoint ``iter_*.pth`` after an iteration, wherever in an epoch that is.
 
-        The next regular checkpoint replaces it.
+        The next checkpoint, regular or not, replaces it.
         """
         done = runner.iter + 1
         if self.saved_iter == done:
             return
         name = f'iter_{done}.pth'
-        path = self.file_backend.join_path(self.out_dir, name)
-        runner.message_hub.update_info('checkpoint_between', path)
-        meta = dict(epoch=runner.epoch, iter=done)
-        self._save(runner, path, name, meta, by_epoch=False)
+        superfluous = self._forget_between(runner)
+        # Without its folder: who goes on from it in another one must not remove it from this.
+        runner.message_hub.update_info('checkpoint_between', name)
+        self._save(runner, name, dict(epoch=runner.epoch, iter=done), by_epoch=False)
+        self._remove(superfluous - {name})
 
-    def _save(self, runner: Runner, path: str, name: str, meta: dict, by_epoch: bool) -> None:
+    def _forget_between(self, runner: Runner) -> set[str]:
+        """Name of the checkpoint that the next one replaces, if there is any."""
+        return {runner.message_hub.pop_info('checkpoint_between')} - {None}
+
+    def _save(self, runner: Runner, name: str, meta: dict, by_epoch: bool) -> None:
+        path = self.file_backend.join_path(self.out_dir, name)
         # `meta` is filled up with what is not for the caller.
         saved_iter = meta['iter']
         runner.message_hub.update_info('last_ckpt', path)
@@ -259,24 +265,17 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         name = self.filename_tmpl.format(step)
-        path = self.file_backend.join_path(self.out_dir, name)
-        superfluous = set()
-        hub = runner.message_hub
-        if 'checkpoint_between' in hub.runtime_info:
-            superfluous.add(hub.get_info('checkpoint_between'))
-            hub.pop_info('checkpoint_between')
+        superfluous = self._forget_between(runner)
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             ids = [*self.keep_ckpt_ids, step]
             # One too many, if need be: a run that dies before it removes that one does so later.
-            hub.update_info('keep_ckpt_ids', ids)
+            runner.message_hub.update_info('keep_ckpt_ids', ids)
             self.keep_ckpt_ids.append(step)
             superfluous |= {
-                self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
-                for old in ids
-                if old not in self.keep_ckpt_ids
+                self.filename_tmpl.format(old) for old in ids if old not in self.keep_ckpt_ids
             }
-        self._save(runner, path, name, meta, self.by_epoch)
-        self._remove(superfluous - {path})
+        self._save(runner, name, meta, self.by_epoch)
+        self._remove(superfluous - {name})
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
@@ -287,7 +286,8 @@ class SafeCheckpointHook(CheckpointHook):
         super()._save_best_checkpoint(runner, metrics)
         current = self._best_paths()
         self._set_best_paths({key: path or previous.get(key) for key, path in current.items()})
-        self._remove({previous.get(key) for key, path in current.items() if path} - {None})
+        superfluous = {previous.get(key) for key, path in current.items() if path} - {None}
+        self._remove({Path(path).name for path in superfluous})
 
     def _best_paths(self) -> dict[str, str | None]:
         if len(self.key_indicators) == 1:
@@ -300,10 +300,12 @@ class SafeCheckpointHook(CheckpointHook):
         else:
             self.best_ckpt_path_dict = paths
 
-    def _remove(self, paths: set[str]) -> None:
+    def _remove(self, names: set[str]) -> None:
+        """Remove checkpoints of this run's own folder."""
         if not is_main_process():
             return
-        for path in paths:
+        for name in names:
+            path = self.file_backend.join_path(self.out_dir, name)
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
             elif self.file_backend.isdir(path):  # as DeepSpeed saves them
