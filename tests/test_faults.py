@@ -25,7 +25,16 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from PIL import Image
-from toy import BATCH, EPOCHS, IMAGES, assert_same_weights, make_images, toy_config, train
+from toy import (
+    BATCH,
+    EPOCHS,
+    IMAGES,
+    assert_same_weights,
+    evaluation,
+    make_images,
+    toy_config,
+    train,
+)
 
 import mmsvit.checkpoint
 from mmsvit.bad_samples import refuse_truncated
@@ -285,11 +294,10 @@ def test_a_run_on_a_small_disk(uninterrupted, images, tmp_path, monkeypatch):
 def test_a_new_checkpoint_is_whole_before_an_old_one_goes(images, tmp_path, monkeypatch):
     removed = []
 
-    def remove(self: SafeCheckpointHook, paths: set[str]) -> None:
-        whole = newest_whole_checkpoint(tmp_path)
-        assert whole not in paths
-        removed.extend(Path(path).name for path in paths)
-        original(self, paths)
+    def remove(self: SafeCheckpointHook, names: set[str]) -> None:
+        assert Path(newest_whole_checkpoint(tmp_path)).name not in names
+        removed.extend(names)
+        original(self, names)
 
     original = SafeCheckpointHook._remove
     monkeypatch.setattr(SafeCheckpointHook, '_remove', remove)
@@ -427,6 +435,40 @@ def test_a_signal_saves_and_leaves(number, iteration, images, uninterrupted, tmp
     assert not list(tmp_path.glob('iter_*.pth'))  # An epoch's has replaced it.
 
 
+def stop_after(iteration: int, folder: Path, images: Path, **changes: object) -> None:
+    """Train up to where SIGTERM comes."""
+    hook = dict(type='SendSignal', iteration=iteration - 1, number=int(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            train(folder, images, custom_hooks=[hook], **changes)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_two_stops_in_an_epoch_leave_one_checkpoint(images, uninterrupted, tmp_path):
+    stop_after(2, tmp_path, images)
+    stop_after(4, tmp_path, images, resume=True)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_4.pth']
+    train(tmp_path, images, resume=True)
+    assert not list(tmp_path.glob('iter_*.pth'))
+    assert_same_weights(uninterrupted, tmp_path)
+
+
+def test_a_run_that_goes_on_elsewhere_leaves_the_first_folder_alone(images, tmp_path):
+    changes = {**evaluation(images), 'default_hooks.checkpoint.save_best': 'score'}
+    changes['default_hooks.checkpoint.rule'] = 'greater'
+    changes['default_hooks.checkpoint.max_keep_ckpts'] = 1
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    stop_after(8, first, images, **changes)
+    files = ['best_score_epoch_1.pth', 'epoch_1.pth', 'iter_8.pth']
+    assert sorted(path.name for path in first.glob('*.pth')) == files
+    train(second, images, resume=True, load_from=str(first / 'iter_8.pth'), **changes)
+    assert sorted(path.name for path in first.glob('*.pth')) == files
+    files = ['best_score_epoch_3.pth', 'epoch_3.pth']
+    assert sorted(path.name for path in second.glob('*.pth')) == files
+
+
 def wait_for(path: Path) -> None:
     for _ in range(1000):
         if path.exists():
@@ -441,6 +483,19 @@ def test_a_signal_to_the_whole_process_group(images, uninterrupted, tmp_path):
     wait_for(tmp_path / 'begun_1')
     os.killpg(process.pid, signal.SIGTERM)  # Its data workers get it, too.
     assert process.wait(60) == 143
+    train(tmp_path, images, resume=True)
+    assert_same_weights(uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_in_evaluation(images, uninterrupted, tmp_path):
+    process = toy(tmp_path, images, '--slow', '--workers', '2', '--evaluate', '--interval', '2')
+    wait_for(tmp_path / 'evaluating')
+    os.killpg(process.pid, signal.SIGTERM)
+    # Nothing was saved before the evaluation, so that it has to come to its end.
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 143, output
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_7.pth']
     train(tmp_path, images, resume=True)
     assert_same_weights(uninterrupted, tmp_path)
 
