@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -21,6 +22,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -29,10 +31,12 @@ from toy import (
     BATCH,
     EPOCHS,
     IMAGES,
+    ToyPack,
     assert_same_weights,
     evaluation,
     make_images,
     toy_config,
+    toy_data,
     train,
 )
 
@@ -204,6 +208,28 @@ def test_other_iterations_have_other_randomness(images, tmp_path):
 
     train(tmp_path, images, custom_hooks=[dict(type='Watch')])
     assert len(set(seen)) == len(seen) == EPOCHS * IMAGES + ITERATIONS
+
+
+def test_samples_and_the_model_have_other_randomness(images, tmp_path):
+    drawn = []
+
+    class Draw(ToyPack):
+        def __call__(self, results: dict) -> dict:
+            drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+            return super().__call__(results)
+
+    @HOOKS.register_module(force=True)
+    class WatchModel(Hook):
+        def before_train_iter(self, runner: Runner, *_, **__) -> None:
+            drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+
+    data = toy_data(images)
+    data['pipeline'][-1] = dict(type=Draw)
+    data['pipeline'] = [data['pipeline'][0], data['pipeline'][-1]]  # The first draw of each.
+    changes = {'train_dataloader.dataset': data}
+    train(tmp_path, images, custom_hooks=[dict(type='WatchModel')], **changes)
+    for values in zip(*drawn):
+        assert len(set(values)) == len(values) == EPOCHS * IMAGES + ITERATIONS
 
 
 @pytest.mark.slow
@@ -593,6 +619,34 @@ def test_a_scaler_that_finds_no_scale_ends_the_run(fused, scaled, images, tmp_pa
     scaled['default_hooks.non_finite.max_scaler_skips'] = 3
     with pytest.raises(FloatingPointError, match='GradScaler skipped 4 steps in a row'):
         train(tmp_path, images, **scaled)
+
+
+def test_the_norm_of_a_report_is_that_before_clipping(images, tmp_path):
+    poison = dict(type='Poison', iterations=[8], where='loss')  # Its gradients are finite.
+    with pytest.raises(FloatingPointError) as stopped:
+        train(
+            tmp_path,
+            images,
+            custom_hooks=[poison],
+            **{'optim_wrapper.clip_grad.max_norm': 1e-3},
+        )
+    expected = MessageHub.get_current_instance().get_scalar('train/grad_norm').current()
+    assert expected > 0.01 and f'gradient norm: {expected:.4g}\n' in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    'clip', [None, dict(max_norm=1.0), dict(type='value', clip_value=1.0)], ids=str
+)
+@pytest.mark.parametrize('amp', [False, True])
+def test_gradients_too_large_for_a_norm_are_seen(amp, clip, scaled, images, tmp_path):
+    changes = {**scaled, 'optim_wrapper.loss_scale': dict(init_scale=8.0)} if amp else {}
+    changes['optim_wrapper.clip_grad'] = clip and dict(_delete_=True, **clip)
+    changes['custom_hooks'] = [dict(type='Poison', iterations=[8], where='norm')]
+    with pytest.raises(FloatingPointError) as stopped:
+        train(tmp_path, images, **changes)
+    report = str(stopped.value)
+    assert 'at iteration 9 ' in report and 'gradient norm: inf\n' in report
+    assert 'first in: no gradient by itself' in report
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ class Poison(Hook):
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         spoilt = model if self.where == 'loss' else model.backbone.stages[1]
-        spoilt.register_forward_hook(self.spoil)
+        spoilt.register_forward_hook(self.spoil, prepend=True)  # Others see what it did.
 
     def before_train_iter(self, runner: Runner, *_, **__) -> None:
         self.now = runner.iter in self.iterations
@@ -138,7 +138,8 @@ class Poison(Hook):
             return {**output, 'loss_size': output['loss_size'] + float('nan')}
         if self.where == 'forward':
             return output * float('nan')
-        output.register_hook(lambda gradient: gradient * float('inf'))
+        factor = 1e30 if self.where == 'norm' else float('inf')  # Its square is too large.
+        output.register_hook(lambda gradient: gradient * factor)
         return None
 
 
