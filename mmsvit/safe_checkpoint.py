@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -169,6 +169,27 @@ def first_non_finite(model: nn.Module, statistics: bool = True) -> str | None:
     return None
 
 
+def _beginning(runner: Runner) -> str:
+    """What a run goes on from, without the folder, which may be another on each machine."""
+    source = runner._load_from
+    if source is None:
+        return 'goes on' if runner._resume else 'begins anew'
+    if '://' not in source and not Path(source).expanduser().exists():
+        return f'does not find {source!r}'
+    return f'{"goes on from" if runner._resume else "begins with"} {Path(source).name!r}'
+
+
+def _check_agreement(beginning: str) -> None:
+    # A process that finds no checkpoint would otherwise train with others that do.
+    seen = all_gather_object(beginning)
+    if len(set(seen)) > 1:
+        raise RuntimeError(
+            'the processes do not begin at the same place: '
+            + ', '.join(f'process {rank} {one}' for rank, one in enumerate(seen))
+            + '. Put the work folder where all machines see it, or copy the checkpoint to each.'
+        )
+
+
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook``, with the same arguments, for runs that may die at any time.
@@ -188,6 +209,7 @@ class SafeCheckpointHook(CheckpointHook):
 
         Raises:
             UnsafeCheckpointError, ValueError: See :func:`newest_whole_checkpoint`.
+            RuntimeError: The processes of a distributed run would begin at different places.
         """
         if runner._resume is True and runner._load_from is None:
             found: list[str | None] = [None]
@@ -199,6 +221,7 @@ class SafeCheckpointHook(CheckpointHook):
                     f'There is no checkpoint in {runner.work_dir} to go on from: a new run begins.'
                 )
             runner._load_from, runner._resume = found[0], found[0] is not None
+        _check_agreement(_beginning(runner))
 
     def before_train(self, runner: Runner) -> None:
         """Set everything up, and try whether the folder can be written to.

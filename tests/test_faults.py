@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -126,20 +126,26 @@ def toy(folder: Path, images: Path, *options: str) -> subprocess.Popen:
 
 def start_two(folder: Path, images: Path, *options: str) -> list[subprocess.Popen]:
     """The two processes of a distributed run."""
+    command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, '--distributed']
+    return start_in(('.', '.'), [*command, *options])
+
+
+def start_in(folders: Sequence[str | Path], command: list) -> list[subprocess.Popen]:
+    """The processes of a distributed run, each in a folder."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, '--distributed']
-    env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    env['OMP_NUM_THREADS'] = '1'
+    env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS='1')
+    env.update(WORLD_SIZE=str(len(folders)), PYTHONPATH=str(ROOT / 'tests'))
     return [
         subprocess.Popen(
-            [*command, *options],
-            env={**env, 'RANK': rank, 'LOCAL_RANK': rank},
+            command,
+            cwd=folder,
+            env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in '01'
+        for rank, folder in enumerate(folders)
     ]
 
 
@@ -537,6 +543,22 @@ def test_all_processes_stop_at_the_same_iteration(images, tmp_path):
     assert end_of(others)[0] == [0, 0]
     assert end_of(start_two(folder, images))[0] == [0, 0]
     assert_same_weights(whole, folder)
+
+
+@pytest.mark.slow
+def test_processes_that_would_begin_at_different_places_stop(images, tmp_path):
+    """Two machines without a common disk, of which one has a checkpoint."""
+    machines = tmp_path / 'one', tmp_path / 'other'
+    stop_after(2, machines[0] / 'run', images)
+    machines[1].mkdir()
+    config = toy_config(Path('run'), images, custom_imports=dict(imports=['toy']))
+    config.dump(tmp_path / 'toy.py')
+    command = [sys.executable, ROOT / 'tools' / 'train.py', tmp_path / 'toy.py', '--resume']
+    codes, said = end_of(start_in(machines, [*command, '--launcher', 'pytorch']))
+    assert all(codes)
+    for report in said:
+        assert "process 0 goes on from 'iter_2.pth', process 1 begins anew" in report
+    assert not list(machines[1].glob('run/*.pth'))
 
 
 # --- NaN and infinity ---------------------------------------------------------------------
