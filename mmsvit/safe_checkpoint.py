@@ -95,7 +95,8 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
     """The checkpoint of a work folder that has most iterations, out of those that are whole.
 
     ``last_checkpoint`` does not decide: it is behind if a run died right after it wrote a
-    checkpoint, and the folder may have been moved.
+    checkpoint, and the folder may have been moved, or be a copy. The path in it counts only where
+    the folder has no checkpoint itself, as with ``out_dir`` of the checkpoint hook.
 
     Args:
         folder: Where a runner left ``epoch_*.pth`` or ``iter_*.pth``.
@@ -113,8 +114,15 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
     named = folder / 'last_checkpoint'
     if named.is_file() and named.read_text().strip():
         last = Path(named.read_text().strip())
-        last = last if last.is_file() or not (folder / last.name).is_file() else folder / last.name
-        candidates.add(last)
+        if (folder / last.name).is_file():
+            candidates.add(folder / last.name)
+        elif not candidates:
+            print_log(f'{named} leads to {last}', 'current', logging.WARNING)
+            candidates.add(last)
+        else:
+            print_log(
+                f'{last}, the last checkpoint, is not in {folder}', 'current', logging.WARNING
+            )
     problems, iterations = {}, {}
     for path in candidates:
         try:

@@ -368,6 +368,18 @@ def test_resumes_from_the_newest_whole_checkpoint(damage, uninterrupted, images,
         newest_whole_checkpoint(tmp_path)
 
 
+def test_a_copied_folder_is_resumed_from_itself(uninterrupted, tmp_path):
+    copy, empty = tmp_path / 'copy', tmp_path / 'empty'
+    shutil.copytree(uninterrupted, copy)
+    assert newest_whole_checkpoint(copy) == str(copy / 'epoch_3.pth')
+    (copy / 'epoch_3.pth').unlink()
+    assert newest_whole_checkpoint(copy) == str(copy / 'epoch_2.pth')
+    # As where the checkpoint hook has an out_dir.
+    empty.mkdir()
+    shutil.copy(uninterrupted / 'last_checkpoint', empty)
+    assert newest_whole_checkpoint(empty) == str(uninterrupted / 'epoch_3.pth')
+
+
 def test_every_flipped_bit_that_matters_is_seen(tmp_path):
     torch.save({'state_dict': {'a': torch.arange(100.0)}, 'meta': {}}, tmp_path / 'whole.pth')
     content = (tmp_path / 'whole.pth').read_bytes()
