@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, is_distributed, is_main_process
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
@@ -277,7 +277,7 @@ def save_weights(weights: Mapping[str, Tensor], path: Path, meta: dict[str, Any]
 
 def load_from_weights_only(filename: str, map_location: Any = None) -> dict[str, Any]:
     """What MMEngine calls to read a checkpoint, in all processes: :func:`read_checkpoint`."""
-    if str(filename).startswith(_WEB):
+    if is_distributed() and str(filename).startswith(_WEB):
         if is_main_process():
             download(filename)
         barrier()  # The others find what it has fetched.

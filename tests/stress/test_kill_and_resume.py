@@ -85,9 +85,12 @@ def test_killed_at_random_moments(task, shapes, tmp_path, record: Callable[[str]
         command = [*train, arguments[0], '--resume', '--work-dir', runs[-1], *arguments[1:]]
         return killed_after(seconds, command, log)
 
-    while moments.total() < KILLS:
+    # One kill in each part of a run's time, in any order.
+    parts = rng.sample(range(KILLS), KILLS)
+    while parts:
         start, fresh = time.monotonic(), not runs[-1].exists()
-        if resume(rng.uniform(0, length)):
+        if resume(length * (parts[-1] + rng.random()) / KILLS):
+            parts.pop()
             moments[moment(runs[-1], log)] += 1
             found = newest_whole_checkpoint(runs[-1])
             resumed_from.append(Path(found).stem if found else 'nothing')
