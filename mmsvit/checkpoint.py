@@ -14,19 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from mmengine.dist import barrier, is_distributed, is_main_process
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.runner import CheckpointLoader
+from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
 
 PUBLISHED_NAMES = 'stvit-{small,base,large}-{224,384}.pth'
@@ -53,6 +58,7 @@ _LAYER_SCALE = re.compile(r'.*\.gamma_[12]$')
 
 _KEYS_SHOWN = 8
 SAFETENSORS = '.safetensors'
+_WEB = ('http://', 'https://')
 
 
 def _history_buffer_method(owner: type, name: str) -> Any:
@@ -130,6 +136,32 @@ def trust_checkpoints() -> None:
     )
 
 
+def download(url: str) -> str:
+    """Fetch a file once, into the folder where torch and MMEngine keep what they download.
+
+    Args:
+        url: Beginning with ``http://`` or ``https://``.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OSError: It cannot be fetched.
+    """
+    folder = Path(torch.hub.get_dir(), 'checkpoints')
+    file = folder / Path(urlsplit(url).path).name
+    if file.is_file():
+        print_log(f'{url} was downloaded before: {file} is used', logger='current')
+        return str(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    print_log(f'Downloading {url} to {file}', logger='current')
+    try:
+        torch.hub.download_url_to_file(url, str(file), progress=os.isatty(0))
+    except (OSError, HTTPException) as error:
+        raise OSError(f'cannot download the checkpoint {url!r}: {error}') from error
+    return str(file)
+
+
 def read_checkpoint(
     path: str | Path, map_location: str | torch.device | None = 'cpu'
 ) -> dict[str, Any]:
@@ -139,7 +171,8 @@ def read_checkpoint(
     package of that name (``pip install safetensors``); they hold tensors and text alone.
 
     Args:
-        path: A file, or a URL that MMEngine's file clients know.
+        path: A file, an address on the web (:func:`download`), or a URL that MMEngine's file
+            clients know.
         map_location: Where a torch file's tensors go, see ``torch.load``; on the CPU by default.
 
     Returns:
@@ -148,11 +181,15 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: It is a safetensors file, and the package is missing.
+        OSError: It cannot be downloaded.
         UnsafeCheckpointError: It needs code to be run to be read; a ValueError.
         ValueError: It is not a whole checkpoint.
     """
-    path = str(path)
-    if '://' not in path:
+    path, repeat = str(path), ''
+    if path.startswith(_WEB):
+        repeat = f' Remove the file to download {path} again.'
+        path = download(path)
+    elif '://' not in path:
         path = str(Path(path).expanduser())
         if not Path(path).is_file():
             raise FileNotFoundError(f'the checkpoint {path!r} does not exist')
@@ -182,7 +219,7 @@ def read_checkpoint(
         raise ValueError(
             f'{path!r} is not a whole checkpoint ({type(error).__name__}: {_first_line(error)}); a '
             'download that broke off, a damaged disk, or a web page saved under that name? Expected '
-            f'a file written by torch.save, or one that ends in {SAFETENSORS}.'
+            f'a file written by torch.save, or one that ends in {SAFETENSORS}.{repeat}'
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
@@ -239,20 +276,26 @@ def save_weights(weights: Mapping[str, Tensor], path: Path, meta: dict[str, Any]
 
 
 def load_from_weights_only(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """What MMEngine calls to read a checkpoint: :func:`read_checkpoint`."""
+    """What MMEngine calls to read a checkpoint, in all processes: :func:`read_checkpoint`."""
+    if is_distributed() and str(filename).startswith(_WEB):
+        if is_main_process():
+            download(filename)
+        barrier()  # The others find what it has fetched.
     return read_checkpoint(filename, map_location)
 
 
 def install() -> None:
     """Have MMEngine read checkpoints by :func:`read_checkpoint`, in this process.
 
-    By itself the onedl release reads whatever weights-only mode refuses once more without
-    that mode, and so runs the code in it. This is for local files and storage services; URLs
-    are read by torch, whose default is weights-only.
+    By itself MMEngine unpickles what it downloads with all that is in it, and the onedl release
+    reads whatever weights-only mode refuses once more without that mode: both run the code in it.
     """
     allow_runner_checkpoints()
-    prefixes = ['', r'(\S+\:)?s3://', r'(\S+\:)?petrel://']
+    prefixes = ['', *_WEB, r'(\S+\:)?s3://', r'(\S+\:)?petrel://']
     CheckpointLoader.register_scheme(prefixes, load_from_weights_only, force=True)
+    # What its loaders of names (torchvision://, open-mmlab://, mmcls://, pavi://) end in.
+    mmengine_checkpoint.load_from_http = load_from_weights_only
+    mmengine_checkpoint._safe_torch_load = load_from_weights_only  # onedl's
 
 
 # On import, which the configs ask for: inferencers read a checkpoint before they build the model.

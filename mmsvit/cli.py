@@ -6,11 +6,13 @@ import argparse
 import gc
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dist import get_backend, is_distributed
 from mmengine.hooks import CheckpointHook
 
 from .checkpoint import trust_checkpoints
@@ -164,19 +166,25 @@ def add_guards(cfg: Config) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run the main function of a tool, and leave its process group in order.
 
-    Threads of a group that the interpreter does not outlive abort the process when it ends, and a
-    run that has finished is reported as failed. They go with the last that refers to the group:
-    what wraps the model, which the runner and the traceback of an exit hold.
+    Threads of a gloo group that the interpreter does not outlive abort the process when it ends, and
+    a run that has finished is reported as failed, an error as a crash. They go with the last that
+    refers to the group: what wraps the model, which the runner and a traceback hold.
 
     Raises:
-        SystemExit: With the status that ``main`` left with, if it did not return.
+        SystemExit: With the status that ``main`` left with, if it did not return; 1 after an error
+            in a gloo group, whose traceback has been printed.
     """
     status = None
     try:
         main()
     except SystemExit as stop:
         status = stop.code
-    if torch.distributed.is_initialized():
+    except Exception:
+        if get_backend() != 'gloo':
+            raise  # NCCL could wait for the others.
+        traceback.print_exc()
+        status = 1
+    if is_distributed():
         torch.distributed.destroy_process_group()
         gc.collect()
     if status is not None:

@@ -4,7 +4,7 @@ MMEngine restores weights, optimizer, schedules and counters. Not restored are r
 so that drop path, samplers of proposals and augmentation differ after a resumption, and, where
 the config has no seed, the order of the data. Instead of saving the states of all processes
 and data workers, everything random is made a function of where the run is: the model's
-randomness of ``(seed, rank, iteration)``, a sample's of these and its place in the batch.
+randomness of ``(seed, rank, iteration, 0)``, a sample's of ``(..., 1 + place in the batch)``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from .registry import HOOKS
 
 
 def seed_everything(*position: int) -> None:
-    """Seed Python, NumPy and torch (all devices) by a position in a run."""
+    """Seed Python, NumPy and torch (all devices) by a position in a run.
+
+    Always by as many numbers: NumPy fills them up with zeros.
+    """
     state = np.random.SeedSequence(position).generate_state(3)
     random.seed(int(state[0]))
     np.random.seed(state[1])
@@ -45,7 +48,7 @@ class SeededBatch:
 
     def __iter__(self) -> Iterator[int]:
         for place, index in enumerate(self.indices):
-            seed_everything(*self.position, place)
+            seed_everything(*self.position, 1 + place)
             yield index
 
     def __len__(self) -> int:
@@ -220,7 +223,7 @@ class ExactResumeHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Seed the model's randomness."""
-        seed_everything(self._seed, get_rank(), runner.iter)
+        seed_everything(self._seed, get_rank(), runner.iter, 0)  # Samples have 1 and more.
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Forget the epoch."""

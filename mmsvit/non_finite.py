@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ _NAMES_SHOWN = 4
 class NonFiniteHook(Hook):
     """Stop at, or skip, an optimizer step whose losses or gradients are not finite.
 
-    It looks at both before each step, and says in the log at which iteration and images it
-    was, the loss terms, the gradients' norm, and which module first gave a value that is not
-    finite. For that the batch is run once more, forward and backward, with the same random numbers.
+    It looks at both before each step, at the gradients before they are clipped, and says in the log
+    at which iteration and images it was, the loss terms, the gradients' norm, and which module
+    first gave a value that is not finite. For that the batch is run once more, forward and
+    backward, with the same random numbers.
 
     That ``GradScaler`` skips steps whose scaled gradients overflow is part of mixed precision: it
     is counted, but not reported as long as the losses are finite.
@@ -62,6 +64,7 @@ class NonFiniteHook(Hook):
         self._consecutive = self._scaler_skips = 0
         self._losses: list[dict] = []  # of the iterations since the last step
         self._norm: float | None = None  # None: no step was taken
+        self._unclipped: dict[torch.optim.Optimizer, Tensor] = {}  # norms
         self._found = False
         self._rng: tuple = ()
         self._batch: object = None
@@ -74,6 +77,13 @@ class NonFiniteHook(Hook):
         wrappers = wrappers.values() if isinstance(wrappers, OptimWrapperDict) else [wrappers]
         for wrapper in wrappers:
             wrapper.optimizer.register_step_pre_hook(self._before_step)
+            if isinstance(wrapper, OptimWrapper):
+                wrapper._clip_grad = partial(self._clip, wrapper.optimizer, wrapper._clip_grad)
+
+    def _clip(self, optimizer: torch.optim.Optimizer, clip: Callable[[], None]) -> None:
+        # Afterwards infinite gradients may be zero, or as large as is allowed.
+        self._unclipped[optimizer] = _norm(optimizer)
+        clip()
 
     def _note_losses(self, model: nn.Module, inputs: tuple, output: object) -> None:
         if model.training and isinstance(output, dict):
@@ -82,22 +92,21 @@ class NonFiniteHook(Hook):
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Remember what the batch can be run again with."""
         self._batch, self._rng, self._norm, self._found = data_batch, _rng_states(), None, False
+        self._unclipped.clear()
         if self.action == 'skip' and not self._losses:
             self._buffers = [(b, b.clone()) for b in _inner(runner.model).buffers()]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        params = [p for group in optimizer.param_groups for p in group['params']]
-        gradients = [p.grad for p in params if p.grad is not None]
         if getattr(optimizer, 'found_inf', None):
             return  # GradScaler skips the step; with fused optimizers it leaves that to them.
-        norm = get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = self._unclipped[optimizer] if optimizer in self._unclipped else _norm(optimizer)
         finite = torch.stack([_finite(terms) for terms in self._losses] + [norm.isfinite().cpu()])
         bad = torch.tensor(int(not finite.all()))
         all_reduce(bad, 'max')
         self._norm = float(norm)
         if bad:
             self._found = True
-            for p in params:
+            for p in _parameters(optimizer):
                 p.grad = None  # Such a step leaves weights, momenta and decay alone.
 
     def after_train_iter(
@@ -163,6 +172,15 @@ class NonFiniteHook(Hook):
             f'  first in: {_trace(runner, self._batch, self._rng)}',
         ]
         return '\n'.join(lines)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group['params']]
+
+
+def _norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    return get_total_norm(gradients) if gradients else torch.zeros(())
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -261,6 +279,12 @@ def _first_gradient(model: nn.Module) -> str:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not names and not get_total_norm(gradients).isfinite():
+        return (
+            'no gradient by itself, but they are so large that their norm is infinite, up to '
+            f'{max(float(gradient.abs().max()) for gradient in gradients):.4g}'
+        )
     if not names:
         return (
             'nothing on this process: here the batch gives finite values, as it may where '

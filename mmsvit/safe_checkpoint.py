@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
@@ -95,7 +95,8 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
     """The checkpoint of a work folder that has most iterations, out of those that are whole.
 
     ``last_checkpoint`` does not decide: it is behind if a run died right after it wrote a
-    checkpoint, and the folder may have been moved.
+    checkpoint, and the folder may have been moved, or be a copy. The path in it counts only where
+    the folder has no checkpoint itself, as with ``out_dir`` of the checkpoint hook.
 
     Args:
         folder: Where a runner left ``epoch_*.pth`` or ``iter_*.pth``.
@@ -113,8 +114,15 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
     named = folder / 'last_checkpoint'
     if named.is_file() and named.read_text().strip():
         last = Path(named.read_text().strip())
-        last = last if last.is_file() or not (folder / last.name).is_file() else folder / last.name
-        candidates.add(last)
+        if (folder / last.name).is_file():
+            candidates.add(folder / last.name)
+        elif not candidates:
+            print_log(f'{named} leads to {last}', 'current', logging.WARNING)
+            candidates.add(last)
+        else:
+            print_log(
+                f'{last}, the last checkpoint, is not in {folder}', 'current', logging.WARNING
+            )
     problems, iterations = {}, {}
     for path in candidates:
         try:
@@ -169,6 +177,27 @@ def first_non_finite(model: nn.Module, statistics: bool = True) -> str | None:
     return None
 
 
+def _beginning(runner: Runner) -> str:
+    """What a run goes on from, without the folder, which may be another on each machine."""
+    source = runner._load_from
+    if source is None:
+        return 'goes on' if runner._resume else 'begins anew'
+    if '://' not in source and not Path(source).expanduser().exists():
+        return f'does not find {source!r}'
+    return f'{"goes on from" if runner._resume else "begins with"} {Path(source).name!r}'
+
+
+def _check_agreement(beginning: str) -> None:
+    # A process that finds no checkpoint would otherwise train with others that do.
+    seen = all_gather_object(beginning)
+    if len(set(seen)) > 1:
+        raise RuntimeError(
+            'the processes do not begin at the same place: '
+            + ', '.join(f'process {rank} {one}' for rank, one in enumerate(seen))
+            + '. Put the work folder where all machines see it, or copy the checkpoint to each.'
+        )
+
+
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook``, with the same arguments, for runs that may die at any time.
@@ -188,6 +217,7 @@ class SafeCheckpointHook(CheckpointHook):
 
         Raises:
             UnsafeCheckpointError, ValueError: See :func:`newest_whole_checkpoint`.
+            RuntimeError: The processes of a distributed run would begin at different places.
         """
         if runner._resume is True and runner._load_from is None:
             found: list[str | None] = [None]
@@ -199,6 +229,7 @@ class SafeCheckpointHook(CheckpointHook):
                     f'There is no checkpoint in {runner.work_dir} to go on from: a new run begins.'
                 )
             runner._load_from, runner._resume = found[0], found[0] is not None
+        _check_agreement(_beginning(runner))
 
     def before_train(self, runner: Runner) -> None:
         """Set everything up, and try whether the folder can be written to.
@@ -227,18 +258,24 @@ class SafeCheckpointHook(CheckpointHook):
     def save_between(self, runner: Runner) -> None:
         """Save a checkpoint ``iter_*.pth`` after an iteration, wherever in an epoch that is.
 
-        The next regular checkpoint replaces it.
+        The next checkpoint, regular or not, replaces it.
         """
         done = runner.iter + 1
         if self.saved_iter == done:
             return
         name = f'iter_{done}.pth'
-        path = self.file_backend.join_path(self.out_dir, name)
-        runner.message_hub.update_info('checkpoint_between', path)
-        meta = dict(epoch=runner.epoch, iter=done)
-        self._save(runner, path, name, meta, by_epoch=False)
+        superfluous = self._forget_between(runner)
+        # Without its folder: who goes on from it in another one must not remove it from this.
+        runner.message_hub.update_info('checkpoint_between', name)
+        self._save(runner, name, dict(epoch=runner.epoch, iter=done), by_epoch=False)
+        self._remove(superfluous - {name})
 
-    def _save(self, runner: Runner, path: str, name: str, meta: dict, by_epoch: bool) -> None:
+    def _forget_between(self, runner: Runner) -> set[str]:
+        """Name of the checkpoint that the next one replaces, if there is any."""
+        return {runner.message_hub.pop_info('checkpoint_between')} - {None}
+
+    def _save(self, runner: Runner, name: str, meta: dict, by_epoch: bool) -> None:
+        path = self.file_backend.join_path(self.out_dir, name)
         # `meta` is filled up with what is not for the caller.
         saved_iter = meta['iter']
         runner.message_hub.update_info('last_ckpt', path)
@@ -259,24 +296,17 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         name = self.filename_tmpl.format(step)
-        path = self.file_backend.join_path(self.out_dir, name)
-        superfluous = set()
-        hub = runner.message_hub
-        if 'checkpoint_between' in hub.runtime_info:
-            superfluous.add(hub.get_info('checkpoint_between'))
-            hub.pop_info('checkpoint_between')
+        superfluous = self._forget_between(runner)
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             ids = [*self.keep_ckpt_ids, step]
             # One too many, if need be: a run that dies before it removes that one does so later.
-            hub.update_info('keep_ckpt_ids', ids)
+            runner.message_hub.update_info('keep_ckpt_ids', ids)
             self.keep_ckpt_ids.append(step)
             superfluous |= {
-                self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
-                for old in ids
-                if old not in self.keep_ckpt_ids
+                self.filename_tmpl.format(old) for old in ids if old not in self.keep_ckpt_ids
             }
-        self._save(runner, path, name, meta, self.by_epoch)
-        self._remove(superfluous - {path})
+        self._save(runner, name, meta, self.by_epoch)
+        self._remove(superfluous - {name})
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
@@ -287,7 +317,8 @@ class SafeCheckpointHook(CheckpointHook):
         super()._save_best_checkpoint(runner, metrics)
         current = self._best_paths()
         self._set_best_paths({key: path or previous.get(key) for key, path in current.items()})
-        self._remove({previous.get(key) for key, path in current.items() if path} - {None})
+        superfluous = {previous.get(key) for key, path in current.items() if path} - {None}
+        self._remove({Path(path).name for path in superfluous})
 
     def _best_paths(self) -> dict[str, str | None]:
         if len(self.key_indicators) == 1:
@@ -300,10 +331,12 @@ class SafeCheckpointHook(CheckpointHook):
         else:
             self.best_ckpt_path_dict = paths
 
-    def _remove(self, paths: set[str]) -> None:
+    def _remove(self, names: set[str]) -> None:
+        """Remove checkpoints of this run's own folder."""
         if not is_main_process():
             return
-        for path in paths:
+        for name in names:
+            path = self.file_backend.join_path(self.out_dir, name)
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
             elif self.file_backend.isdir(path):  # as DeepSpeed saves them

@@ -93,8 +93,11 @@ class StopSignalHook(Hook):
         self._checkpoint_hook = hooks[0]
         for number in self.signals:
             self._before[number] = signal.signal(number, self._receive)
-        loader = runner.train_dataloader
-        loader.worker_init_fn = LeaveSignalsToMain(self.signals, loader.worker_init_fn)
+        loaders = [runner.train_dataloader]
+        if runner.val_loop is not None:
+            loaders.append(runner.val_dataloader)
+        for loader in loaders:
+            loader.worker_init_fn = LeaveSignalsToMain(self.signals, loader.worker_init_fn)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number

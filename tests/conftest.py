@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Marks of the tests that run only if ``-m`` names them.
 ON_DEMAND = ('all_configs', 'stress', 'peers')
 GOLDEN = Path(__file__).resolve().parent / 'golden'
+FIGURES = ROOT / 'docs' / 'stress.md'  # Ends in a table.
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -104,6 +108,22 @@ def run_python(
 def place(request: pytest.FixtureRequest) -> tuple[str, str]:
     """A backend of the super token operations and a device that it can run on."""
     return request.param
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print figures of a stress test and add them to docs/stress.md."""
+
+    def write(figures: str) -> None:
+        threads = torch.get_num_threads()
+        machine = f'{platform.machine()}, {threads} threads, torch {torch.__version__}'
+        name = request.node.name.removeprefix('test_').replace('_', ' ')
+        line = f'| {datetime.date.today()} | {name} | {figures} | {machine} |\n'
+        print(line)
+        with FIGURES.open('a') as table:
+            table.write(line)
+
+    return write
 
 
 @pytest.fixture(scope='session')

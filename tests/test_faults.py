@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -12,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +22,23 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from PIL import Image
-from toy import BATCH, EPOCHS, IMAGES, assert_same_weights, make_images, toy_config, train
+from toy import (
+    BATCH,
+    EPOCHS,
+    IMAGES,
+    ToyPack,
+    assert_same_weights,
+    evaluation,
+    make_images,
+    toy_config,
+    toy_data,
+    train,
+)
 
 import mmsvit.checkpoint
 from mmsvit.bad_samples import refuse_truncated
@@ -113,20 +126,26 @@ def toy(folder: Path, images: Path, *options: str) -> subprocess.Popen:
 
 def start_two(folder: Path, images: Path, *options: str) -> list[subprocess.Popen]:
     """The two processes of a distributed run."""
+    command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, '--distributed']
+    return start_in(('.', '.'), [*command, *options])
+
+
+def start_in(folders: Sequence[str | Path], command: list) -> list[subprocess.Popen]:
+    """The processes of a distributed run, each in a folder."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, ROOT / 'tests' / 'toy.py', folder, images, '--distributed']
-    env = dict(os.environ, WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-    env['OMP_NUM_THREADS'] = '1'
+    env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS='1')
+    env.update(WORLD_SIZE=str(len(folders)), PYTHONPATH=str(ROOT / 'tests'))
     return [
         subprocess.Popen(
-            [*command, *options],
-            env={**env, 'RANK': rank, 'LOCAL_RANK': rank},
+            command,
+            cwd=folder,
+            env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in '01'
+        for rank, folder in enumerate(folders)
     ]
 
 
@@ -195,6 +214,28 @@ def test_other_iterations_have_other_randomness(images, tmp_path):
 
     train(tmp_path, images, custom_hooks=[dict(type='Watch')])
     assert len(set(seen)) == len(seen) == EPOCHS * IMAGES + ITERATIONS
+
+
+def test_samples_and_the_model_have_other_randomness(images, tmp_path):
+    drawn = []
+
+    class Draw(ToyPack):
+        def __call__(self, results: dict) -> dict:
+            drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+            return super().__call__(results)
+
+    @HOOKS.register_module(force=True)
+    class WatchModel(Hook):
+        def before_train_iter(self, runner: Runner, *_, **__) -> None:
+            drawn.append((torch.rand(()).item(), np.random.rand(), random.random()))
+
+    data = toy_data(images)
+    data['pipeline'][-1] = dict(type=Draw)
+    data['pipeline'] = [data['pipeline'][0], data['pipeline'][-1]]  # The first draw of each.
+    changes = {'train_dataloader.dataset': data}
+    train(tmp_path, images, custom_hooks=[dict(type='WatchModel')], **changes)
+    for values in zip(*drawn):
+        assert len(set(values)) == len(values) == EPOCHS * IMAGES + ITERATIONS
 
 
 @pytest.mark.slow
@@ -285,11 +326,10 @@ def test_a_run_on_a_small_disk(uninterrupted, images, tmp_path, monkeypatch):
 def test_a_new_checkpoint_is_whole_before_an_old_one_goes(images, tmp_path, monkeypatch):
     removed = []
 
-    def remove(self: SafeCheckpointHook, paths: set[str]) -> None:
-        whole = newest_whole_checkpoint(tmp_path)
-        assert whole not in paths
-        removed.extend(Path(path).name for path in paths)
-        original(self, paths)
+    def remove(self: SafeCheckpointHook, names: set[str]) -> None:
+        assert Path(newest_whole_checkpoint(tmp_path)).name not in names
+        removed.extend(names)
+        original(self, names)
 
     original = SafeCheckpointHook._remove
     monkeypatch.setattr(SafeCheckpointHook, '_remove', remove)
@@ -326,6 +366,18 @@ def test_resumes_from_the_newest_whole_checkpoint(damage, uninterrupted, images,
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r'no whole checkpoint[\s\S]*epoch_1.pth'):
         newest_whole_checkpoint(tmp_path)
+
+
+def test_a_copied_folder_is_resumed_from_itself(uninterrupted, tmp_path):
+    copy, empty = tmp_path / 'copy', tmp_path / 'empty'
+    shutil.copytree(uninterrupted, copy)
+    assert newest_whole_checkpoint(copy) == str(copy / 'epoch_3.pth')
+    (copy / 'epoch_3.pth').unlink()
+    assert newest_whole_checkpoint(copy) == str(copy / 'epoch_2.pth')
+    # As where the checkpoint hook has an out_dir.
+    empty.mkdir()
+    shutil.copy(uninterrupted / 'last_checkpoint', empty)
+    assert newest_whole_checkpoint(empty) == str(uninterrupted / 'epoch_3.pth')
 
 
 def test_every_flipped_bit_that_matters_is_seen(tmp_path):
@@ -427,6 +479,40 @@ def test_a_signal_saves_and_leaves(number, iteration, images, uninterrupted, tmp
     assert not list(tmp_path.glob('iter_*.pth'))  # An epoch's has replaced it.
 
 
+def stop_after(iteration: int, folder: Path, images: Path, **changes: object) -> None:
+    """Train up to where SIGTERM comes."""
+    hook = dict(type='SendSignal', iteration=iteration - 1, number=int(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit):
+            train(folder, images, custom_hooks=[hook], **changes)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_two_stops_in_an_epoch_leave_one_checkpoint(images, uninterrupted, tmp_path):
+    stop_after(2, tmp_path, images)
+    stop_after(4, tmp_path, images, resume=True)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_4.pth']
+    train(tmp_path, images, resume=True)
+    assert not list(tmp_path.glob('iter_*.pth'))
+    assert_same_weights(uninterrupted, tmp_path)
+
+
+def test_a_run_that_goes_on_elsewhere_leaves_the_first_folder_alone(images, tmp_path):
+    changes = {**evaluation(images), 'default_hooks.checkpoint.save_best': 'score'}
+    changes['default_hooks.checkpoint.rule'] = 'greater'
+    changes['default_hooks.checkpoint.max_keep_ckpts'] = 1
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    stop_after(8, first, images, **changes)
+    files = ['best_score_epoch_1.pth', 'epoch_1.pth', 'iter_8.pth']
+    assert sorted(path.name for path in first.glob('*.pth')) == files
+    train(second, images, resume=True, load_from=str(first / 'iter_8.pth'), **changes)
+    assert sorted(path.name for path in first.glob('*.pth')) == files
+    files = ['best_score_epoch_3.pth', 'epoch_3.pth']
+    assert sorted(path.name for path in second.glob('*.pth')) == files
+
+
 def wait_for(path: Path) -> None:
     for _ in range(1000):
         if path.exists():
@@ -446,6 +532,19 @@ def test_a_signal_to_the_whole_process_group(images, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_in_evaluation(images, uninterrupted, tmp_path):
+    process = toy(tmp_path, images, '--slow', '--workers', '2', '--evaluate', '--interval', '2')
+    wait_for(tmp_path / 'evaluating')
+    os.killpg(process.pid, signal.SIGTERM)
+    # Nothing was saved before the evaluation, so that it has to come to its end.
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 143, output
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_7.pth']
+    train(tmp_path, images, resume=True)
+    assert_same_weights(uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
 def test_all_processes_stop_at_the_same_iteration(images, tmp_path):
     folder, whole = tmp_path / 'stopped', tmp_path / 'whole'
     processes = start_two(folder, images, '--slow')
@@ -456,6 +555,22 @@ def test_all_processes_stop_at_the_same_iteration(images, tmp_path):
     assert end_of(others)[0] == [0, 0]
     assert end_of(start_two(folder, images))[0] == [0, 0]
     assert_same_weights(whole, folder)
+
+
+@pytest.mark.slow
+def test_processes_that_would_begin_at_different_places_stop(images, tmp_path):
+    """Two machines without a common disk, of which one has a checkpoint."""
+    machines = tmp_path / 'one', tmp_path / 'other'
+    stop_after(2, machines[0] / 'run', images)
+    machines[1].mkdir()
+    config = toy_config(Path('run'), images, custom_imports=dict(imports=['toy']))
+    config.dump(tmp_path / 'toy.py')
+    command = [sys.executable, ROOT / 'tools' / 'train.py', tmp_path / 'toy.py', '--resume']
+    codes, said = end_of(start_in(machines, [*command, '--launcher', 'pytorch']))
+    assert codes == [1, 1], said
+    for report in said:
+        assert "process 0 goes on from 'iter_2.pth', process 1 begins anew" in report
+    assert not list(machines[1].glob('run/*.pth'))
 
 
 # --- NaN and infinity ---------------------------------------------------------------------
@@ -540,11 +655,39 @@ def test_a_scaler_that_finds_no_scale_ends_the_run(fused, scaled, images, tmp_pa
         train(tmp_path, images, **scaled)
 
 
+def test_the_norm_of_a_report_is_that_before_clipping(images, tmp_path):
+    poison = dict(type='Poison', iterations=[8], where='loss')  # Its gradients are finite.
+    with pytest.raises(FloatingPointError) as stopped:
+        train(
+            tmp_path,
+            images,
+            custom_hooks=[poison],
+            **{'optim_wrapper.clip_grad.max_norm': 1e-3},
+        )
+    expected = MessageHub.get_current_instance().get_scalar('train/grad_norm').current()
+    assert expected > 0.01 and f'gradient norm: {expected:.4g}\n' in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    'clip', [None, dict(max_norm=1.0), dict(type='value', clip_value=1.0)], ids=str
+)
+@pytest.mark.parametrize('amp', [False, True])
+def test_gradients_too_large_for_a_norm_are_seen(amp, clip, scaled, images, tmp_path):
+    changes = {**scaled, 'optim_wrapper.loss_scale': dict(init_scale=8.0)} if amp else {}
+    changes['optim_wrapper.clip_grad'] = clip and dict(_delete_=True, **clip)
+    changes['custom_hooks'] = [dict(type='Poison', iterations=[8], where='norm')]
+    with pytest.raises(FloatingPointError) as stopped:
+        train(tmp_path, images, **changes)
+    report = str(stopped.value)
+    assert 'at iteration 9 ' in report and 'gradient norm: inf\n' in report
+    assert 'first in: no gradient by itself' in report
+
+
 @pytest.mark.slow
 def test_nan_on_one_process_is_skipped_and_stopped_at_on_all(images, tmp_path):
     # Three iterations to an epoch. One skipped step may stand alone, two in a row end the run.
     codes, reports = end_of(start_two(tmp_path, images, '--poison', '3', '6', '7'))
-    assert all(codes), codes  # 1, or gloo's threads abort a process that an error ends.
+    assert codes == [1, 1], reports
     for report in reports:
         assert 'FloatingPointError: ' in report and 'at iteration 8 (epoch 3)' in report
     assert 'nothing on this process' in reports[0]

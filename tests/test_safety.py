@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mmengine.runner.checkpoint
 import pytest
 import torch
 from conftest import GOLDEN, ROOT, golden_arch, run_python, small_arch
@@ -42,24 +47,25 @@ def harmful(tmp_path):
 
 EVERY_ENTRY = """
 import runpy, sys
+from functools import partial
 from pathlib import Path
-root, config, data, harmful, work_dir = sys.argv[1:]
+root, config, data, file, url, work_dir = sys.argv[1:]
 options = ['--work-dir', work_dir, '--cfg-options']
 for split in ('train', 'val', 'test'):
     options += [f'{split}_dataloader.dataset.data_root={data}/', f'{split}_dataloader.num_workers=0',
                 f'{split}_dataloader.persistent_workers=False']
     options += [f'{split}_evaluator.ann_file={data}/annotations/instances_val.json'] * (split != 'train')
 Path(work_dir).mkdir()
-Path(work_dir, 'last_checkpoint').write_text(harmful)
+Path(work_dir, 'last_checkpoint').write_text(file)
 image = data + '/val/000000.jpg'
 
-def pretrained(part):
+def pretrained(part, harmful):
     init_cfg = dict(type='Pretrained', checkpoint=harmful)
     if part == 'backbone':  # The config sets it to None.
         init_cfg['_delete_'] = True
-    Path(work_dir, f'{part}.py').write_text(
-        f'_base_ = {config!r}\\nmodel = dict({part}=dict(init_cfg={init_cfg}))')
-    return f'{work_dir}/{part}.py'
+    path = Path(work_dir, f'{part}_{harmful == url}.py')
+    path.write_text(f'_base_ = {config!r}\\nmodel = dict({part}=dict(init_cfg={init_cfg}))')
+    return str(path)
 
 def tool(name, *arguments):
     def run():
@@ -67,27 +73,33 @@ def tool(name, *arguments):
         runpy.run_path(sys.argv[0], run_name='__main__')
     return run
 
-def detector():
+def detector(harmful):
     from mmdet.apis import init_detector
     init_detector(config, harmful, device='cpu')
 
-def inferencer():
+def inferencer(harmful):
     from mmdet.apis import DetInferencer
     DetInferencer(model=config, weights=harmful, device='cpu')
 
+def train(*arguments):
+    return tool('train', *arguments, *options)
+
 entries = {
-    'test': tool('test', config, harmful, *options),
-    'load_from': tool('train', config, *options, f'load_from={harmful}'),
-    'resume a file': tool('train', config, '--resume', harmful, *options),
-    'resume the latest': tool('train', config, '--resume', *options),
-    'init_cfg of the backbone': tool('train', pretrained('backbone'), *options),
-    'init_cfg of the neck': tool('train', pretrained('neck'), *options),
-    'resume weights alone': tool('train', config, '--resume', 'x.safetensors', *options),
-    'convert': tool('convert_checkpoint', harmful, harmful + '.safetensors'),
-    'visualize': tool('visualize_super_tokens', image, '--config', config, '--checkpoint', harmful),
-    'init_detector': detector,
-    'DetInferencer': inferencer,
+    'resume the latest': train(config, '--resume'),
+    'resume weights alone': train(config, '--resume', 'x.safetensors'),
+    'convert': tool('convert_checkpoint', file, file + '.safetensors'),
+    'visualize': tool('visualize_super_tokens', image, '--config', config, '--checkpoint', file),
 }
+for harmful in (file, url):
+    entries.update({
+        f'test {harmful}': tool('test', config, harmful, *options),
+        f'load_from {harmful}': tool('train', config, *options, f'load_from={harmful}'),
+        f'resume {harmful}': train(config, '--resume', harmful),
+        f'init_cfg of the backbone {harmful}': train(pretrained('backbone', harmful)),
+        f'init_cfg of the neck {harmful}': train(pretrained('neck', harmful)),
+        f'init_detector {harmful}': partial(detector, harmful),
+        f'DetInferencer {harmful}': partial(inferencer, harmful),
+    })
 for name, run in entries.items():
     try:
         run()
@@ -98,18 +110,58 @@ for name, run in entries.items():
 """
 
 
-def test_a_checkpoint_with_code_is_refused_at_every_entry(harmful, shapes, tmp_path):
+@pytest.fixture
+def address(tmp_path, monkeypatch) -> Iterator[str]:
+    """Where a web server gives the files of ``tmp_path``; downloads go to its ``home``."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+def test_a_checkpoint_with_code_is_refused_at_every_entry(harmful, address, shapes, tmp_path):
     file, marker = harmful
     config = ROOT / 'configs' / 'svit_maskrcnn_shapes.py'
-    arguments = [ROOT, config, shapes, file, tmp_path / 'work']
+    arguments = [ROOT, config, shapes, file, f'{address}/harmful.pth', tmp_path / 'work']
     output = run_python('-c', 'import mmsvit\n' + EVERY_ENTRY, *arguments, cwd=tmp_path).stdout
     entries = [line for line in output.splitlines() if line.startswith('ENTRY')]
-    assert len(entries) == 11
+    assert len(entries) == 18
     (weights_alone,) = (entry for entry in entries if 'resume weights alone' in entry)
     assert 'holds weights alone' in weights_alone
     for entry in set(entries) - {weights_alone}:
         assert 'is refused' in entry and '--trust-checkpoint' in entry, entry
     assert not marker.exists()
+
+
+@pytest.mark.parametrize('scheme', ['torchvision', 'modelzoo', 'open-mmlab', 'openmmlab', 'mmcls'])
+def test_models_by_name_run_no_code(scheme, harmful, address, monkeypatch):
+    file, marker = harmful
+    names = dict(web=f'{address}/harmful.pth', local=str(file))
+    for function in ('get_torchvision_models', 'get_external_models', 'get_mmcls_models'):
+        monkeypatch.setattr(mmengine.runner.checkpoint, function, lambda: names)
+    for name in ('web', 'local') if 'mmlab' in scheme else ('web',):
+        with pytest.raises(ValueError, match='is refused'):
+            CheckpointLoader.load_checkpoint(f'{scheme}://{name}')
+    assert not marker.exists()
+
+
+def test_a_checkpoint_from_the_web_is_downloaded_once(address, tmp_path):
+    weights, home = SViT(small_arch()).state_dict(), tmp_path / 'home' / 'hub' / 'checkpoints'
+    meta = dict(epoch=1, config='raise RuntimeError("was run")')
+    torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'x.pth')
+    (tmp_path / 'cut.pth').write_bytes((tmp_path / 'x.pth').read_bytes()[:1000])
+    url = f'{address}/x.pth?download=true'
+    assert read_checkpoint(url)['meta'] == dict(epoch=1)
+    (tmp_path / 'x.pth').unlink()
+    assert CheckpointLoader.load_checkpoint(url)['meta'] == dict(epoch=1)
+    with pytest.raises(ValueError, match=rf'{home}/cut\.pth.*Remove the file to download http'):
+        read_checkpoint(f'{address}/cut.pth')
+    with pytest.raises(OSError, match=r'cannot download .*absent.*404'):
+        read_checkpoint(f'{address}/absent.pth')
+    assert {path.name for path in home.iterdir()} == {'x.pth', 'cut.pth'}
 
 
 def test_trust_has_to_be_asked_for_and_warns(harmful, tmp_path):
@@ -124,7 +176,8 @@ def test_trust_has_to_be_asked_for_and_warns(harmful, tmp_path):
 
 
 def test_mmengine_reads_by_our_reader():
-    for path in ('epoch_1.pth', '/x/epoch_1.pth', 's3://bucket/x.pth', 'petrel:s3://bucket/x.pth'):
+    places = 'epoch_1.pth', '/x/epoch_1.pth', 's3://bucket/x.pth', 'petrel:s3://bucket/x.pth'
+    for path in (*places, 'http://host/x.pth', 'https://host/x.pth'):
         assert CheckpointLoader._get_checkpoint_loader(path) is load_from_weights_only
 
 

@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ import torch
 from conftest import small_arch
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, is_model_wrapper
-from mmengine.registry import DATASETS, HOOKS, MODELS, TRANSFORMS
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from PIL import Image
@@ -80,6 +83,17 @@ class Toy(BaseModel):
         )
 
 
+@METRICS.register_module()
+class ToyScore(BaseMetric):
+    """Better at every evaluation."""
+
+    def process(self, data_batch: object, data_samples: Sequence) -> None:
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results: list) -> dict[str, int]:
+        return dict(score=MessageHub.get_current_instance().get_info('iter'))
+
+
 @HOOKS.register_module()
 class DieInWrite(Hook):
     """SIGKILL in the middle of writing a checkpoint: half of the file is on the disk."""
@@ -112,7 +126,7 @@ class Poison(Hook):
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         spoilt = model if self.where == 'loss' else model.backbone.stages[1]
-        spoilt.register_forward_hook(self.spoil)
+        spoilt.register_forward_hook(self.spoil, prepend=True)  # Others see what it did.
 
     def before_train_iter(self, runner: Runner, *_, **__) -> None:
         self.now = runner.iter in self.iterations
@@ -124,7 +138,8 @@ class Poison(Hook):
             return {**output, 'loss_size': output['loss_size'] + float('nan')}
         if self.where == 'forward':
             return output * float('nan')
-        output.register_hook(lambda gradient: gradient * float('inf'))
+        factor = 1e30 if self.where == 'norm' else float('inf')  # Its square is too large.
+        output.register_hook(lambda gradient: gradient * factor)
         return None
 
 
@@ -135,6 +150,27 @@ class Slow(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, *_, **__) -> None:
         (Path(runner.work_dir) / f'begun_{runner.iter}').touch()
         time.sleep(0.3)
+
+    def after_val_iter(self, runner: Runner, *_, **__) -> None:
+        (Path(runner.work_dir) / 'evaluating').touch()
+        time.sleep(0.3)
+
+
+def toy_data(images: Path) -> dict:
+    """The config of the images."""
+    pipeline = [
+        dict(type='mmcv.LoadImageFromFile'),
+        dict(type='mmcv.RandomFlip', prob=0.5),
+        dict(type='ToyPack'),
+    ]
+    return dict(type='ToyImages', data_root=str(images), pipeline=pipeline)
+
+
+def evaluation(images: Path, workers: int = 0) -> dict:
+    """Changes for a run that is evaluated after every epoch."""
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    loader = dict(batch_size=4, num_workers=workers, sampler=sampler, dataset=toy_data(images))
+    return dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type='ToyScore'))
 
 
 def toy_config(work_dir: Path, images: Path, by_epoch: bool = True, **changes: object) -> Config:
@@ -154,15 +190,7 @@ def toy_config(work_dir: Path, images: Path, by_epoch: bool = True, **changes: o
                 batch_size=BATCH,
                 num_workers=0,
                 sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler'),
-                dataset=dict(
-                    type='ToyImages',
-                    data_root=str(images),
-                    pipeline=[
-                        dict(type='mmcv.LoadImageFromFile'),
-                        dict(type='mmcv.RandomFlip', prob=0.5),
-                        dict(type='ToyPack'),
-                    ],
-                ),
+                dataset=toy_data(images),
             ),
             train_cfg=loop,
             optim_wrapper=dict(
@@ -213,12 +241,17 @@ def main() -> None:
     )
     parser.add_argument('--slow', action='store_true')
     parser.add_argument('--workers', type=int, default=0)
+    parser.add_argument('--evaluate', action='store_true')
+    parser.add_argument('--interval', type=int, default=1, help='epochs between checkpoints')
     parser.add_argument('--distributed', action='store_true')
     args = parser.parse_args()
     hooks = [dict(type='DieInWrite', number=args.die_in_write)] if args.die_in_write else []
     if args.slow:
         hooks.append(dict(type='Slow'))
     changes = {'train_dataloader.num_workers': args.workers}
+    changes['default_hooks.checkpoint.interval'] = args.interval
+    if args.evaluate:
+        changes.update(evaluation(args.images, args.workers))
     if args.poison:
         hooks.append(dict(type='Poison', iterations=args.poison, where='loss', rank=1))
         guard = dict(type='mmsvit.NonFiniteHook', action='skip', max_consecutive=1)

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from rich import print as rich_print
 from rich.table import Table
 
 from mmsvit.checkpoint import trust_checkpoints
-from mmsvit.cli import add_trust_option
+from mmsvit.cli import add_config_options, add_trust_option, read_config
 from mmsvit.export import CHECK_SHAPES, FORMATS, Check, ExportError, export
 from mmsvit.exportable import PARTS, build_exportable
 
@@ -75,12 +74,7 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help="keep the backbone's batch norms and layer scale instead of folding them into layers",
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings to override, as key=value pairs: model.backbone.arch=base',
-    )
+    add_config_options(parser)
     add_trust_option(parser)
     args = parser.parse_args()
     if not args.config.is_file():
@@ -116,9 +110,7 @@ def main() -> None:
     if args.trust_checkpoint:
         trust_checkpoints()
     MMLogger.get_instance('mmengine', log_level='WARNING')  # Initialisation is told in pages.
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     try:
         model = build_exportable(
             cfg, args.checkpoint, args.part, not args.no_normalize, not args.no_deploy

@@ -5,15 +5,12 @@ pytest -m stress tests/stress -s
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +21,6 @@ from mmengine.config import Config
 
 pytestmark = pytest.mark.stress
 
-RESULTS = ROOT / 'docs' / 'stress.md'
-HEADER = """\
-# Figures of the stress tests
-
-Written by `pytest -m stress tests/stress`, a line for each test and run. MB are 2^20 bytes of
-resident memory of the main process.
-
-| date | test | figures | on |
-| --- | --- | --- | --- |
-"""
 ITERATIONS = 2000
 IMAGES = 1000
 KILLS = 3
@@ -77,22 +64,6 @@ def resident_mb(pid: int | str = 'self') -> float:
     """Resident memory of a process, in MB."""
     pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
     return pages * os.sysconf('SC_PAGE_SIZE') / 2**20
-
-
-@pytest.fixture
-def record(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Print figures and add them to docs/stress.md."""
-
-    def write(figures: str) -> None:
-        threads = torch.get_num_threads()
-        machine = f'{platform.machine()}, {threads} threads, torch {torch.__version__}'
-        name = request.node.name.removeprefix('test_').replace('_', ' ')
-        line = f'| {datetime.date.today()} | {name} | {figures} | {machine} |\n'
-        print(line)
-        before = RESULTS.read_text() if RESULTS.is_file() else HEADER
-        RESULTS.write_text(before + line)
-
-    return write
 
 
 @pytest.fixture(scope='module')
