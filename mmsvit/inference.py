@@ -11,32 +11,23 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.runner import load_state_dict
 from mmengine.structures import BaseDataElement
 from PIL import Image
-from torch import nn
 
 from .checkpoint import load_pretrained, model_state_dict, read_checkpoint
+from .stock_models import build_model, find_backbone
 from .super_token_maps import SuperTokenMap, SuperTokenRecorder
-from .svit import SViT
 from .visualization import SMALLEST_PICTURE, fit, seen_image
 
 
-def find_backbone(model: nn.Module) -> SViT:
-    """The SViT in a model, wherever it is.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for module in model.modules():
-        if isinstance(module, SViT):
-            return module
-    raise ValueError(
-        f'{type(model).__name__} has no mmsvit.SViT; its backbone is '
-        f'{type(getattr(model, "backbone", None)).__name__}'
-    )
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # No driver, no such name; no CUDA in PyTorch.
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f'the device {str(device)!r} cannot be used: {reason}') from error
 
 
 def _test_dataset(cfg: Config) -> dict:
@@ -84,20 +75,19 @@ class ImageModel:
     Args:
         cfg: The config.
         device: Where it runs.
+
+    Raises:
+        ValueError: The config has no such model or no test data, or there is no such device.
     """
 
     def __init__(self, cfg: Config, device: str | torch.device = 'cpu') -> None:
-        init_default_scope(cfg.get('default_scope', 'mmengine'))
-        model_cfg = cfg.model
-        if cfg.get('data_preprocessor') is not None:  # As the runner does.
-            model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+        _check_device(device)
         steps = [
             step for step in _test_dataset(cfg).pipeline if 'Annotations' not in str(step['type'])
         ]
         self.cfg = cfg
+        self.model = build_model(cfg).to(device).eval()
         self.pipeline = Compose(steps)
-        # SyncBN is for training on several GPUs.
-        self.model = revert_sync_batchnorm(MODELS.build(model_cfg)).to(device).eval()
         self.backbone = find_backbone(self.model)
         self.dataset_meta = _dataset_meta(cfg)
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
@@ -18,6 +17,7 @@ from torch.nn.utils import get_total_norm
 
 from .registry import HOOKS
 from .safe_checkpoint import first_non_finite
+from .stock_models import unwrap
 
 _NAMES_SHOWN = 4
 
@@ -83,7 +83,7 @@ class NonFiniteHook(Hook):
         """Remember what the batch can be run again with."""
         self._batch, self._rng, self._norm, self._found = data_batch, _rng_states(), None, False
         if self.action == 'skip' and not self._losses:
-            self._buffers = [(b, b.clone()) for b in _inner(runner.model).buffers()]
+            self._buffers = [(b, b.clone()) for b in unwrap(runner.model).buffers()]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         params = [p for group in optimizer.param_groups for p in group['params']]
@@ -165,10 +165,6 @@ class NonFiniteHook(Hook):
         return '\n'.join(lines)
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
-
-
 def _terms(losses: dict) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each term, as MMEngine sums them up."""
     for name, value in losses.items():
@@ -219,7 +215,7 @@ def _trace(runner: Runner, batch: object, rng: tuple) -> str:
     weight = first_non_finite(runner.model, statistics=False)  # The batch has spoilt those.
     if weight is not None:
         return f'the weights themselves: {weight}'
-    model, before = _inner(runner.model), _rng_states()
+    model, before = unwrap(runner.model), _rng_states()
     if any(type(m).__name__ == 'FullyShardedDataParallel' for m in runner.model.modules()):
         return 'unknown (a sharded model cannot be run again by one process)'
     bad: list[str] = []

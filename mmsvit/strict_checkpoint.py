@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, load_state_dict
 
 from .checkpoint import backbone_state_dict, check_fit, model_state_dict
 from .registry import HOOKS
+from .stock_models import unwrap
 
 
 @HOOKS.register_module()
@@ -34,7 +34,7 @@ class StrictCheckpointHook(Hook):
             RuntimeError, ValueError: They do not fit, or there are none; the message names them.
         """
         if self.backbone_only:
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            model = unwrap(runner.model)
             found = backbone_state_dict(checkpoint, 'backbone.')
             check_fit(found, model.backbone.state_dict(), f'load_from={runner._load_from!r}')
             return

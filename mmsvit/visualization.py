@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from .stock_models import takes_rgb
 from .super_token_maps import SuperTokenMap
 
 SMALLEST_PICTURE = 640  # pixels of the longer side: smaller images are enlarged
@@ -72,9 +73,7 @@ def seen_image(preprocessor: nn.Module, normalised: Tensor, size: Sequence[int])
         if isinstance(getattr(preprocessor, name, None), Tensor):
             image = combine(image, getattr(preprocessor, name).reshape(3, 1, 1).cpu())
     image = image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    # MMEngine, MMSegmentation and MMPretrain, in this order, say so when BGR becomes RGB.
-    flags = ('_channel_conversion', 'channel_conversion', 'to_rgb')
-    if not any(getattr(preprocessor, flag, False) for flag in flags):
+    if not takes_rgb(preprocessor):
         image = image[..., ::-1]
     return np.ascontiguousarray(image[: size[0], : size[1]])
 

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
 
-from .inference import find_backbone
 from .registry import HOOKS
+from .stock_models import find_backbone, unwrap
 from .super_token_maps import SuperTokenRecorder
 from .visualization import AttentionPoint, seen_image, super_token_sheet
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 @HOOKS.register_module()
@@ -59,7 +53,7 @@ class SuperTokenVisualizationHook(Hook):
 
     def _record(self, runner: Runner, max_images: int) -> SuperTokenRecorder:
         return SuperTokenRecorder(
-            find_backbone(_unwrap(runner.model)), self.stages, self.block, max_images
+            find_backbone(unwrap(runner.model)), self.stages, self.block, max_images
         )
 
     def before_run(self, runner: Runner) -> None:
@@ -88,7 +82,7 @@ class SuperTokenVisualizationHook(Hook):
             inputs = data_batch['inputs']
             # Several branches, as for semi-supervised training, come as a dict.
             images = recorder.images if isinstance(inputs, dict) else inputs
-            preprocessor = _unwrap(runner.model).data_preprocessor
+            preprocessor = unwrap(runner.model).data_preprocessor
             image = seen_image(preprocessor, recorder.images[i], images[i].shape[-2:])
             number = '' if name == 'train' else f'_{self._drawn + i}'
             sheet = super_token_sheet(image, maps, self.point, f'{name}, step {step}')
