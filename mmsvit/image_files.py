@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,37 +12,41 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 FORMATS = ('JPEG', 'PNG', 'BMP', 'TIFF', 'WEBP', 'GIF')
 
 
-def find_images(names: Sequence[str]) -> list[Path]:
+def find_images(names: Sequence[str]) -> dict[Path, Path]:
     """The images that files, folders and glob patterns name, each once, in order.
 
     Args:
         names: Paths of files, of folders (the images directly in them), or patterns such as
             ``'photos/**/*.jpg'``.
 
+    Returns:
+        Each image, and its path within the folder: of a pattern, the folder that it begins with.
+
     Raises:
         FileNotFoundError: One of them names no image.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, tuple[Path, Path]] = {}
     for name in names:
         path = Path(name)
         if path.is_file():
-            paths = [path]
+            folder, paths = path.parent, [path]
         elif path.is_dir():
-            paths = [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES]
+            folder, paths = path, path.iterdir()
         else:
-            pattern = path.relative_to(path.anchor)
-            paths = [
-                file
-                for file in sorted(Path(path.anchor).glob(str(pattern)))
-                if file.suffix.lower() in SUFFIXES
-            ]
-        if not paths:
+            # Up to the first part with a wildcard.
+            fixed = list(itertools.takewhile(lambda part: not set(part) & set('*?['), path.parts))
+            folder = Path(*fixed)
+            pattern = str(path.relative_to(folder))
+            paths = folder.glob(pattern) if pattern != '.' else []
+        images = [file for file in sorted(paths) if file == path or file.suffix.lower() in SUFFIXES]
+        if not images:
             raise FileNotFoundError(
                 f'{name!r} is no image, no folder with images and no pattern that finds any; looked '
                 f'for {", ".join(SUFFIXES)}'
             )
-        found.update(dict.fromkeys(paths))
-    return list(found)
+        for image in images:
+            found.setdefault(image.resolve(), (image, image.relative_to(folder)))
+    return dict(found.values())
 
 
 def read_image(path: str | Path, max_bytes: int, max_pixels: int) -> Image.Image:

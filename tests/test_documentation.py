@@ -55,9 +55,9 @@ WEIGHTS = (
 RUN = {
     'tools/convert_checkpoint.py checkpoints/stvit-small-224.pth svit-': 'svit-small.safetensors',
     'tools/convert_checkpoint.py work_dirs/mine/': 'detector.safetensors',
-    'tools/visualize_super_tokens.py docs/images/coffee.jpg': 'super_tokens/coffee.png',
+    'tools/visualize_super_tokens.py docs/images/coffee.jpg': 'super_tokens/coffee_sheet.png',
     'tools/visualize_super_tokens.py photo.jpg --config configs/svit_upernet_ade20k.py': (
-        'super_tokens/photo.png'
+        'super_tokens/photo_sheet.png'
     ),
 }
 

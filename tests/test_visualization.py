@@ -6,12 +6,13 @@ import json
 import re
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python, small_arch
+from conftest import ROOT, import_tool, run_python, small_arch
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
@@ -161,33 +162,70 @@ def test_finding_images(tmp_path, monkeypatch):
 
     assert found('.') == ['a.jpg', 'b.PNG']
     assert found('**/*') == ['a.jpg', 'b.PNG', 'c.jpg', 'd.webp']
-    assert found(f'{tmp_path}/deep/*.jpg', 'deep', 'a.jpg') == ['c.jpg', 'c.jpg', 'a.jpg']
+    # Each once, whatever it is called.
+    assert found('a.jpg', f'{tmp_path}/*.jpg', f'{tmp_path}/deep', 'deep') == ['a.jpg', 'c.jpg']
+    assert found('notes.txt') == ['notes.txt']  # What is named by itself is taken at its word.
+    within = {str(relative) for relative in find_images(['deep/**/*', 'a.jpg', '.']).values()}
+    assert within == {'c.jpg', 'er/d.webp', 'a.jpg', 'b.PNG'}
     for name in ('empty', 'nothing/*.jpg', 'none.jpg'):
         with pytest.raises(FileNotFoundError, match=re.escape(repr(name))):
             find_images([name])
 
 
 TOOL = 'tools/visualize_super_tokens.py'
+CLASSIFIER = ROOT / 'configs' / 'svit_classifier_shapes.py'
 
 
 def test_tool_draws_folders_with_every_option(tmp_path):
     for i, size in enumerate([(40, 90), (64, 64)]):
-        cv2.imwrite(str(tmp_path / f'{i}.png'), picture(*size, seed=i))
+        (tmp_path / str(i)).mkdir()
+        cv2.imwrite(str(tmp_path / str(i) / 'same.png'), picture(*size, seed=i))
     out = tmp_path / 'out'
     config = tmp_path / 'small.py'
     config.write_text(
         f"_base_ = '{ROOT}/configs/svit_classifier_shapes.py'\nmodel = dict(train_cfg=None)\n"
     )
     result = run_python(
-        *(TOOL, tmp_path, '--config', config, '--out-dir', out, '--point', '0.2', '0.9'),
+        *(
+            TOOL,
+            tmp_path / '*' / '*.png',
+            '--config',
+            config,
+            '--out-dir',
+            out,
+            '--point',
+            '0.2',
+            '0.9',
+        ),
         *('--of', 'super_token', '--head', '1', '--stage', '1', '4', '--block', '1'),
     )
     assert 'pictures of 2 images' in result.stdout
-    kinds = [f'_stage{s}_{k}' for s in (1, 4) for k in ('attention', 'borders', 'colours')]
-    assert sorted(p.name for p in out.iterdir()) == sorted(
-        f'{i}{kind}.png' for i in range(2) for kind in ['', *kinds]
-    )
-    assert max(cv2.imread(str(out / '0_stage1_borders.png')).shape) == 640
+    kinds = [f'stage{s}_{k}' for s in (1, 4) for k in ('attention', 'borders', 'colours')]
+    written = {str(path.relative_to(out)) for path in out.rglob('*.png')}
+    assert written == {f'{i}/same_{kind}.png' for i in range(2) for kind in ['sheet', *kinds]}
+    assert max(cv2.imread(str(out / '0' / 'same_stage1_borders.png')).shape) == 640
+
+
+def tool_says(monkeypatch, capsys, *arguments: object) -> str:
+    """What the tool says when it ends without drawing."""
+    monkeypatch.setattr('sys.argv', [TOOL, *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        import_tool('visualize_super_tokens').main()
+    return capsys.readouterr().err + str(end.value)
+
+
+def test_tool_overwrites_no_image(tmp_path, monkeypatch, capsys):
+    """Neither one that is to be read, nor the pictures of another."""
+    for name in ('cup.png', 'cup_stage1_borders.png', 'other/cup.jpg'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), picture(40, 40))
+    monkeypatch.chdir(tmp_path)
+    for images, message in (
+        (['.'], 'cup_stage1_borders.png, a picture of cup.png, is one of the images'),
+        (['cup.png', 'other/cup.jpg'], 'have the same name'),
+    ):
+        options = ['--config', CLASSIFIER, '--out-dir', '.']
+        assert message in tool_says(monkeypatch, capsys, *images, *options)
 
 
 @pytest.mark.parametrize(
@@ -195,14 +233,18 @@ def test_tool_draws_folders_with_every_option(tmp_path):
     [
         ([ROOT / 'README.md'], 'not an image'),
         ([ROOT / 'docs/images/quickstart.jpg', '--stage', '7'], 'there is no stage 7'),
+        (['huge.png'], 'huge.png is not an image that can be read'),
+        ([ROOT / 'docs/images/quickstart.jpg', '--device', 'qpu'], "device 'qpu' cannot be used"),
+        ([ROOT / 'docs/images/quickstart.jpg', '--config', 'typo.py'], 'SViTT is not in the'),
     ],
 )
-def test_tool_refuses_before_it_works(arguments, message, tmp_path):
-    config = ROOT / 'configs' / 'svit_classifier_shapes.py'
-    arguments = [TOOL, *arguments, '--config', config, '--out-dir', tmp_path / 'out']
-    result = run_python(*arguments, check=False)
-    assert result.returncode != 0 and message in result.stderr
-    assert 'Traceback' not in result.stderr
+def test_tool_refuses_before_it_works(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('huge.png').write_bytes(png(15_000, 13_000))
+    typo = f"_base_ = '{CLASSIFIER}'\nmodel = dict(backbone=dict(type='mmsvit.SViTT'))\n"
+    Path('typo.py').write_text(typo)
+    assert message in tool_says(monkeypatch, capsys, '--config', CLASSIFIER, *arguments)
+    assert not Path('super_tokens').exists()
 
 
 @pytest.mark.parametrize('config', ['svit_maskrcnn_shapes', 'svit_upernet_shapes'])
