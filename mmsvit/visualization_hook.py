@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel
 from mmengine.runner import Runner
 
 from .registry import HOOKS
@@ -60,9 +61,15 @@ class SuperTokenVisualizationHook(Hook):
         """Refuse a model that cannot be drawn before it is trained.
 
         Raises:
-            ValueError: It has no SViT, or that has no such stage or block, or its input is no
-                colour image.
+            ValueError: It has no SViT, or that has no such stage or block or none with super
+                tokens, or its input is no colour image, or it is compiled.
         """
+        if runner.cfg.get('compile'):
+            # The compiled step does not see forward hooks that come later, as a recorder's.
+            raise ValueError(
+                "SuperTokenVisualizationHook cannot look into a compiled step: leave out the config's "
+                '`compile` or this hook (tools/visualize_super_tokens.py draws from checkpoints)'
+            )
         backbone = self._record(runner, 1).backbone
         if backbone.in_channels != 3:
             raise ValueError(
@@ -116,7 +123,12 @@ class SuperTokenVisualizationHook(Hook):
     def before_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
-        """Begin to record until enough images are drawn; on the first of several processes."""
+        """Begin to record until enough images are drawn; on the first of several processes.
+
+        Not with test-time augmentation, which runs each image several times.
+        """
+        if isinstance(unwrap(runner.model), BaseTTAModel):
+            return
         if self._drawn < self.val_images and runner.rank == 0:
             self._start(runner, self.val_images - self._drawn)
 

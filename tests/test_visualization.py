@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, import_tool, run_python, small_arch
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, BaseTTAModel
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from PIL import Image
@@ -67,7 +68,6 @@ def test_attention_is_bright_where_weights_are_large():
     'config', ['svit_maskrcnn_coco', 'svit_upernet_ade20k', 'svit/svit-small_8xb128_in1k']
 )
 def test_seen_image_undoes_the_preprocessor_of_each_library(config):
-    from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
     cfg = Config.fromfile(ROOT / 'configs' / f'{config}.py')
@@ -249,8 +249,6 @@ def test_tool_refuses_before_it_works(arguments, message, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize('config', ['svit_maskrcnn_shapes', 'svit_upernet_shapes'])
 def test_predictions_of_small_images_are_drawn_large(config, tmp_path):
-    from mmengine.config import Config
-
     model = ImageModel(Config.fromfile(ROOT / 'configs' / f'{config}.py'))
     for module in model.model.modules():
         if hasattr(module, 'fc_cls'):
@@ -269,15 +267,25 @@ def test_predictions_of_small_images_are_drawn_large(config, tmp_path):
 class TinyModel(BaseModel):
     """A model that a runner can train in a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, **changes: tuple) -> None:
         super().__init__(dict(type='ImgDataPreprocessor', mean=[120] * 3, std=[60] * 3))
-        self.backbone = SViT(small_arch(), out_indices=(0, 1))
+        self.backbone = SViT(small_arch(**changes), out_indices=(0, 1))
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         features = self.backbone(inputs)
         if mode == 'loss':
             return dict(loss=sum(f.square().mean() for f in features))
         return [BaseDataElement() for _ in inputs]
+
+
+class FirstOfTwo(BaseTTAModel):
+    """Test-time augmentation that takes the first prediction."""
+
+    merged = 0
+
+    def merge_preds(self, data_samples_list: list) -> list:
+        self.merged += len(data_samples_list)
+        return [samples[0] for samples in data_samples_list]
 
 
 class Images(torch.utils.data.Dataset):
@@ -288,15 +296,23 @@ class Images(torch.utils.data.Dataset):
         return dict(inputs=torch.from_numpy(picture(64, 48, i)).permute(2, 0, 1))
 
 
-def train_with_hook(work_dir, **settings) -> Runner:
+class Flipped(Images):
+    """Each image twice, as test-time augmentation has them."""
+
+    def __getitem__(self, i: int) -> dict:
+        image = super().__getitem__(i)['inputs']
+        return dict(inputs=[image, image.flip(2)])
+
+
+def runner_with_hook(work_dir, model, cfg: dict | None = None, **settings) -> Runner:
     loader = dict(
         dataset=Images(),
         batch_size=2,
         sampler=dict(type='DefaultSampler', shuffle=False),
         collate_fn=dict(type='pseudo_collate'),
     )
-    runner = Runner(
-        TinyModel(),
+    return Runner(
+        model,
         work_dir=str(work_dir),
         experiment_name=str(work_dir).replace('/', '_'),
         train_dataloader=loader,
@@ -305,13 +321,21 @@ def train_with_hook(work_dir, **settings) -> Runner:
         train_cfg=dict(by_epoch=False, max_iters=4, val_interval=4),
         val_cfg=dict(),
         val_evaluator=[],
+        test_dataloader={**loader, 'dataset': Flipped()},
+        test_cfg=dict(),
+        test_evaluator=[],
         custom_hooks=[dict(type='mmsvit.SuperTokenVisualizationHook', **settings)],
         visualizer=dict(
             type='Visualizer',
             vis_backends=[dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')],
         ),
         default_scope='mmengine',
+        cfg=Config(cfg or {}),
     )
+
+
+def train_with_hook(work_dir, model=TinyModel, **settings) -> Runner:
+    runner = runner_with_hook(work_dir, model(), **settings)
     runner.train()
     return runner
 
@@ -338,6 +362,16 @@ def test_hook_is_silent_if_told_and_refuses_early(tmp_path):
     assert not list((tmp_path / 'stage').glob('iter_*.pth'))
     with pytest.raises(ValueError, match='0 or more'):
         train_with_hook(tmp_path / 'interval', interval=-1)
+    with pytest.raises(ValueError, match='cannot look into a compiled step'):
+        train_with_hook(tmp_path / 'compiled', cfg=dict(compile=dict(dynamic=False)))
+    with pytest.raises(ValueError, match='no stage of this backbone samples'):
+        train_with_hook(tmp_path / 'global', lambda: TinyModel(super_token_sizes=(1, 1, 1, 1)))
+
+
+def test_hook_leaves_test_time_augmentation_alone(tmp_path):
+    model = FirstOfTwo(TinyModel())
+    runner_with_hook(tmp_path, model).test()
+    assert model.merged == 6 and not list(tmp_path.glob('*/vis_data/vis_image/*'))
 
 
 def log(folder, *records: dict) -> None:
@@ -361,11 +395,39 @@ def test_curves_of_a_resumed_run(tmp_path):
     out = tmp_path / 'curves.svg'
     run_python('tools/plot_log.py', tmp_path, '--out', out)
     assert '<svg' in out.read_text()
-    (tmp_path / '2' / 'vis_data' / 'scalars.json').write_text('not json')
+    file = tmp_path / '2' / 'vis_data' / 'scalars.json'
+    file.write_text(file.read_text() + '\n{"loss": 1.0, "it')  # A kill cut it off.
+    assert read_curves(tmp_path) == curves
+    file.write_text('not json\n')
     with pytest.raises(ValueError, match='line 1: expected a record'):
         read_curves(tmp_path)
     with pytest.raises(FileNotFoundError, match='no log of a run'):
         read_curves(tmp_path / '3')
+
+
+def epochs(first: int, last: int, by_epoch: bool, loss: float) -> list[dict]:
+    """What a run of two iterations an epoch logs."""
+    records = []
+    for epoch in range(first, last + 1):
+        for i in (2 * epoch - 1, 2 * epoch):
+            record = dict(loss=loss, time=0.1, iter=i, step=i)
+            records.append({**record, 'epoch': epoch} if by_epoch else record)
+        records.append(dict(mIoU=loss, time=7.0, step=epoch if by_epoch else 2 * epoch))
+    return records
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_curves_leave_out_what_was_abandoned(tmp_path, by_epoch):
+    log(tmp_path / '1', *epochs(1, 4, by_epoch, 9.0))
+    log(tmp_path / '2', *epochs(3, 3, by_epoch, 5.0)[:1])  # Resumed, and has not caught up.
+    curves = read_curves(tmp_path)
+    assert curves['loss'] == ([1, 2, 3, 4, 5], [9.0] * 4 + [5.0])
+    assert curves['mIoU'] == ([1, 2] if by_epoch else [2, 4], [9.0] * 2)
+    assert curves['time'][1] == [0.1] * 5
+    log(tmp_path / '3', *epochs(1, 2, by_epoch, 1.0))  # Begun anew in the same folder.
+    curves = read_curves(tmp_path)
+    assert curves['loss'] == ([1, 2, 3, 4], [1.0] * 4)
+    assert curves['mIoU'] == ([1, 2] if by_epoch else [2, 4], [1.0] * 2)
 
 
 def test_report_is_one_file_without_references(tmp_path):
