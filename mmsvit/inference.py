@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.runner import load_state_dict
 from mmengine.structures import BaseDataElement
 from PIL import Image
+from torch import Tensor
 
 from .checkpoint import load_pretrained, model_state_dict, read_checkpoint
 from .stock_models import build_model, find_backbone
@@ -42,7 +43,10 @@ def _test_dataset(cfg: Config) -> dict:
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Classes and colours of the test data, without reading any of it."""
     dataset = _test_dataset(cfg)
-    kind = dataset.type if isinstance(dataset.type, type) else DATASETS.get(dataset.type)
+    kind = dataset.type
+    if not isinstance(kind, type):
+        with DATASETS.switch_scope_and_registry(None) as registry:  # That of the default scope.
+            kind = registry.get(kind)
     meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
     return {key.lower(): value for key, value in meta.items()}
 
@@ -147,9 +151,12 @@ class ImageModel:
             threshold: Lowest score of an object that is drawn.
 
         Returns:
-            A picture, larger than a small image; of a classifier's prediction the image itself.
+            A picture, larger than a small image. The image itself where nothing is to be drawn: of
+            a classifier's prediction, and of a panoptic one without any segment.
         """
         if 'pred_score' in sample:
+            return image
+        if 'pred_panoptic_seg' in sample and not self.describe_prediction(sample):
             return image
         image, sample = _enlarge(image, sample.cpu())
         visualizer = VISUALIZERS.build(dict(type=self.cfg.visualizer.type, name='prediction'))
@@ -170,9 +177,11 @@ class ImageModel:
 
         Returns:
             Of a detector objects and scores, of a segmentor classes and their share of the
-            image, of a classifier classes and scores.
+            image, of a panoptic one segments and their share, of a classifier classes and scores.
         """
-        if 'pred_instances' in sample:
+        if 'pred_panoptic_seg' in sample:
+            labels, scores = self._segments(sample.pred_panoptic_seg.sem_seg)
+        elif 'pred_instances' in sample:
             scores, labels = sample.pred_instances.scores, sample.pred_instances.labels
             shown = scores >= threshold
             scores, labels = scores[shown], labels[shown]
@@ -187,3 +196,14 @@ class ImageModel:
         numbers = [int(labels[i]) for i in best]
         names = [classes[n] if n < len(classes) else f'class {n}' for n in numbers]
         return [(str(name), f'{scores[i]:.1%}') for name, i in zip(names, best)]
+
+    def _segments(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Class of each segment of a panoptic map, and its share of the image."""
+        from mmdet.evaluation import INSTANCE_OFFSET
+
+        found, counts = ids.unique(return_counts=True)
+        labels = found % INSTANCE_OFFSET
+        known = labels < len(
+            self.dataset_meta.get('classes') or ()
+        )  # Behind them comes what is nothing.
+        return labels[known], counts[known] / ids.numel()

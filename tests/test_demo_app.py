@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, import_tool, run_python
 from mmengine.config import Config
 from PIL import Image
 
@@ -47,9 +48,11 @@ def checkpoint(tmp_path_factory) -> Path:
 def address(checkpoint, tmp_path_factory) -> Iterator[str]:
     """Where the tool serves the page; files of at most 200 kB, images of at most 40 000 pixels."""
     log = tmp_path_factory.mktemp('server') / 'log'
+    kept = tmp_path_factory.mktemp('kept')
     limits = ['--max-bytes', '200000', '--max-pixels', '40000']
     command = [sys.executable, TOOL, '--config', CONFIG, '--checkpoint', checkpoint, *limits]
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    env['TMPDIR'] = str(kept)
     with log.open('w') as output:
         server = subprocess.Popen(
             list(map(str, command)),
@@ -66,11 +69,14 @@ def address(checkpoint, tmp_path_factory) -> Iterator[str]:
                 break
         else:
             pytest.fail(log.read_text()[-3000:])
+        assert list(kept.glob('mmsvit-demo-*'))
         yield found.group(1)
     finally:
         server.terminate()
         server.wait(30)
         server.stdout.close()
+    assert server.returncode == 128 + signal.SIGTERM
+    assert not list(kept.glob('mmsvit-demo-*'))
     said = log.read_text()
     # gradio logs where it refused a file of the server's own; nothing else may go wrong.
     assert said.count('Traceback') == said.count('it was not uploaded by a user')
@@ -137,6 +143,42 @@ def test_page_shows_boxes_super_tokens_and_attention(page, tmp_path):
     page.wait_for_selector(':text("exceed the maximum allowed size")')
     page.set_input_files('#file input[type=file]', tmp_path / 'noise.png')
     page.wait_for_selector('#prediction img')
+
+
+@needs_gradio
+def test_what_the_model_does_not_bear_gets_a_message(caplog):
+    from mmsvit.demo_page import build_page
+
+    class Failing:
+        attentions = ()
+
+        def look(self, path: str) -> None:
+            raise ValueError('need at least one array to stack')
+
+    page = build_page(Failing(), 'a page')
+    look = next(event.fn for event in page.fns.values() if event.api_name == 'look')
+    answer = {component.elem_id: value for component, value in look('photo.png').items()}
+    assert 'cannot work on this image' in answer['message'].value
+    assert 'need at least one array to stack' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('option', 'value', 'message'),
+    [
+        ('--port', '99999', 'a number from 1 to 65535'),
+        ('--checkpoint', 'none.pth', 'no such checkpoint: none.pth'),
+        ('--max-bytes', '0', 'must be 1 or more'),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(
+    option, value, message, monkeypatch, capsys
+):
+    options = {'--config': CONFIG, '--checkpoint': CONFIG, option: value}
+    arguments = [str(part) for pair in options.items() for part in pair]
+    monkeypatch.setattr('sys.argv', [TOOL, *arguments])
+    with pytest.raises(SystemExit):
+        import_tool('demo_app').parse_args()
+    assert message in capsys.readouterr().err
 
 
 @needs_gradio

@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
-from mmsvit import SViT
+from mmsvit import SViT, config_path
 from mmsvit.html_report import HtmlReport
 from mmsvit.image_files import find_images, read_image
 from mmsvit.inference import ImageModel
@@ -141,10 +141,22 @@ def test_images_of_strangers(tmp_path):
         ('jpeg', 'CMYK'),
         ('gif', 'P'),
         ('tiff', 'I;16'),
+        ('tiff', 'I;16B'),
+        ('png', 'I;16'),
     ):
-        Image.new(mode, (60, 40)).save(tmp_path / f'd.{kind}')
+        grey = Image.new('RGB', (60, 40), (102, 102, 102))
+        grey = Image.new(mode, (60, 40), 102 * 256 + 77) if '16' in mode else grey.convert(mode)
+        grey.save(tmp_path / f'd.{kind}')
         image = read_image(tmp_path / f'd.{kind}', 50_000, 10_000)
         assert (image.mode, image.size) == ('RGB', (60, 40))
+        assert np.abs(np.asarray(image).astype(int) - 102).max() <= 1
+    Image.new('F', (60, 40), 90).save(tmp_path / 'f.tiff')
+    with pytest.raises(ValueError, match='values of 32 bits'):
+        read_image(tmp_path / 'f.tiff', 50_000, 10_000)
+    for size in ((2000, 2), (2, 2000)):
+        Image.new('RGB', size).save(tmp_path / 'long.png')
+        with pytest.raises(ValueError, match='20 times as long as the other'):
+            read_image(tmp_path / 'long.png', 50_000, 10_000)
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new('RGB', (60, 40)).save(tmp_path / 'e.jpg', exif=turned)
@@ -262,6 +274,34 @@ def test_predictions_of_small_images_are_drawn_large(config, tmp_path):
     assert found and all(re.fullmatch(r'[\d.]+%', figure) for _, figure in found)
     if 'maskrcnn' in config:
         assert {name for name, _ in found} == {'square'}
+
+
+def test_panoptic_predictions_are_drawn_and_described(tmp_path):
+    cfg = Config.fromfile(config_path('mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py'))
+    backbone = dict(type='mmsvit.SViT', arch=small_arch())
+    cfg.merge_from_dict({'model.backbone': dict(_delete_=True, **backbone)})
+    cfg.model.neck.in_channels = [8, 12, 16, 24]
+    cfg.model.test_cfg.rcnn.score_thr = 2.0  # No things, which random weights find everywhere.
+    cfg.model.test_cfg.panoptic.stuff_area_limit = 1
+    cfg.test_dataloader.dataset.pipeline[1].scale = (96, 96)
+    torch.manual_seed(0)
+    model = ImageModel(cfg)
+    cv2.imwrite(str(tmp_path / 'a.png'), picture(80, 60))
+    sample = model.predict(model.prepare(tmp_path / 'a.png'))
+    found = model.describe_prediction(sample)
+    stuff = model.dataset_meta['stuff_classes']
+    assert found and all(name in stuff for name, _ in found)
+    shares = [float(share.rstrip('%')) for _, share in found]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
+    assert model.draw_prediction(picture(80, 60), sample).shape == (640, 480, 3)
+    # A thing is itself and its number; what is behind the classes is nothing at all.
+    ids = torch.full((1, 80, 60), len(model.dataset_meta['classes']))
+    sample.pred_panoptic_seg.sem_seg = ids.clone()
+    assert model.describe_prediction(sample) == []
+    assert model.draw_prediction(picture(80, 60), sample).shape == (80, 60, 3)
+    ids[:, :20], ids[:, 20:40] = 2, 2 + 1000
+    sample.pred_panoptic_seg.sem_seg = ids
+    assert model.describe_prediction(sample) == [('car', '25.0%')] * 2
 
 
 class TinyModel(BaseModel):
