@@ -103,6 +103,13 @@ def page(address) -> Iterator:
     assert not elsewhere
 
 
+def pixels(page, name: str) -> np.ndarray:
+    """A picture of the page, as large as it came."""
+    source = page.evaluate(f'document.querySelector("#{name} img").src')
+    with urllib.request.urlopen(source) as answer:
+        return np.asarray(Image.open(answer).convert('RGB')).astype(int)
+
+
 @needs_gradio
 def test_page_shows_boxes_super_tokens_and_attention(page, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -112,24 +119,24 @@ def test_page_shows_boxes_super_tokens_and_attention(page, tmp_path):
         page.wait_for_selector(f'#{name} img')
     page.get_by_text('In figures').click()
     assert 'square' in page.inner_text('#found')
-    drawn = page.evaluate(
-        """async source => {
-            const image = new Image(); image.src = source; await image.decode();
-            const canvas = document.createElement('canvas');
-            [canvas.width, canvas.height] = [image.width, image.height];
-            const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
-            return Array.from(context.getImageData(0, 0, image.width, image.height).data);
-        }""",
-        page.get_attribute('#prediction img', 'src'),
-    )
     green = np.array([60, 180, 75])  # The palette's colour of squares.
-    colours = np.array(drawn).reshape(-1, 4)[:, :3]
-    assert (np.abs(colours - green).max(axis=1) < 30).mean() > 0.01
+    assert (np.abs(pixels(page, 'prediction') - green).max(axis=2) < 30).mean() > 0.01
 
-    before = page.get_attribute('#attention-1 img', 'src')
-    page.click('#picture img', position=dict(x=40, y=50))
-    changed = 'source => document.querySelector("#attention-1 img").src != source'
-    page.wait_for_function(changed, arg=before)
+    before = {name: pixels(page, name) for name in ('picture', 'attention-1')}
+    sources = {name: page.get_attribute(f'#{name} img', 'src') for name in before}
+    box = page.locator('#picture img').bounding_box()
+    page.click('#picture img', position=dict(x=40, y=90))
+    for name, source in sources.items():
+        changed = '([name, source]) => document.querySelector(`#${name} img`).src != source'
+        page.wait_for_function(changed, arg=[name, source])
+        # The ring has left the middle, and is where the click was.
+        after = pixels(page, name)
+        height, width = after.shape[:2]
+        rows, columns = np.nonzero((after.min(axis=2) > 240) & (before[name].min(axis=2) <= 240))
+        near = np.hypot(rows - 90 * height / box['height'], columns - 40 * width / box['width'])
+        assert (near < 20).sum() > 30
+        if name == 'picture':
+            assert (near < 20).all()
 
     # What is wrong gets a message, and the page goes on.
     (tmp_path / 'text.jpg').write_text('no image at all')
