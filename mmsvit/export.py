@@ -70,7 +70,7 @@ def export(
     Args:
         model: In evaluation mode; from float images ``(N, 3, H, W)`` to a dict of tensors, as
             :class:`mmsvit.exportable.Exportable`.
-        path: The file to write. It is there afterwards only if it is right.
+        path: The file to write, a new one. It is there afterwards only if it is right.
         file_format: One of :data:`FORMATS`.
         shape: Height and width of the images that the model is recorded with.
         check_shapes: Batch sizes, heights and widths to compare at.
@@ -82,6 +82,7 @@ def export(
     Raises:
         ExportError: The model cannot be exported, or the file gives other numbers; the message
             says which.
+        FileExistsError: There is a file of that name.
         ImportError: A package that the format needs is missing.
         ValueError: There is no such format, or a shape is too small.
     """
@@ -95,6 +96,8 @@ def export(
         )
     write, read = FORMATS[file_format]
     path = Path(path)
+    if path.exists():
+        raise FileExistsError(f'{path} exists already; name another file')
     path.parent.mkdir(parents=True, exist_ok=True)
     unverified = path.with_name(f'.{path.name}.unverified')
     try:

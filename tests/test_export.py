@@ -217,6 +217,13 @@ def test_a_file_that_differs_is_not_kept(model, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_older_file_stays_and_is_not_taken_for_the_new_one(tmp_path):
+    (tmp_path / 'f.pt').write_text('older')
+    with pytest.raises(FileExistsError, match='exists already'):
+        export(Unsteady(), tmp_path / 'f.pt', 'torchscript')
+    assert (tmp_path / 'f.pt').read_text() == 'older'
+
+
 def test_what_cannot_be_exported_leaves_no_file(tmp_path):
     class Branches(nn.Module):
         def forward(self, images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import struct
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, import_tool, run_python, small_arch
+from matplotlib.transforms import Bbox
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import BaseModel, BaseTTAModel
@@ -28,6 +30,7 @@ from mmsvit.super_token_maps import SuperTokenRecorder
 from mmsvit.training_curves import choose_metrics, draw_curves, read_curves
 from mmsvit.visualization import (
     AttentionPoint,
+    Sheet,
     draw_attention,
     draw_tessellation,
     seen_image,
@@ -96,6 +99,30 @@ def test_sheet_shows_all_stages_of_any_image():
     long = super_token_sheet(image, maps, AttentionPoint(0, 0, 'super_token', 0))
     assert long.shape[1] == short.shape[1] and long.shape[0] > 3 * short.shape[0] - 300
     assert long[:3].min() == 255 and long.std() > 20
+
+
+@pytest.mark.parametrize('size', [(160, 90), (160, 40), (40, 160), (90, 160), (100, 100)])
+def test_nothing_on_a_sheet_is_cut_or_overprinted(size, monkeypatch):
+    torch.manual_seed(0)
+    backbone = SViT(small_arch()).eval()
+    with SuperTokenRecorder(backbone, range(4)) as recorder, torch.no_grad():
+        backbone(torch.randn(1, 3, *size))
+    pages = []
+    render = Sheet.render
+    monkeypatch.setattr(Sheet, 'render', lambda page: pages.append(page) or render(page))
+    note = '1333x800 pixels. Config: mask-rcnn_svit-s_fpn_1x_coco.py. Weights: stvit-small-224.pth'
+    super_token_sheet(picture(*size), recorder.maps()[0], title='photograph.jpg', note=note)
+    (page,) = pages
+    figure = page.figure
+    boxes = {text: text.get_window_extent() for text in figure.texts}
+    for image in figure.images:
+        left, right, bottom, top = image.get_extent()
+        boxes[image] = Bbox.from_extents(left, bottom, right, top)
+    for box in boxes.values():
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+        assert box.y0 >= 0 and box.y1 <= figure.bbox.height
+    for one, other in itertools.combinations(boxes, 2):
+        assert not boxes[one].overlaps(boxes[other]), (one, other)
 
 
 def test_points_outside_the_image_are_refused():
