@@ -99,6 +99,13 @@ class Exportable(nn.Module):
     def _whole(self) -> Callable[[Tensor], dict[str, Tensor]]:
         model = self.model
         if hasattr(model, 'encode_decode'):
+            heads = model.decode_head  # Of a cascade there are several.
+            head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
+            if not hasattr(head, 'cls_seg'):
+                raise ValueError(
+                    f'a {type(model).__name__} with a {type(head).__name__} cannot be exported '
+                    "whole: it classifies masks and not pixels. Export its 'neck' or 'backbone'"
+                )
             return self._segmentor
         if hasattr(model, 'bbox_head') and not hasattr(model, 'encoder'):
             return self._dense_head

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,7 +28,39 @@ if importlib.util.find_spec('triton') is None:
     OPS_PLACES.remove(OPS_PLACES[-1])
 
 ROOT = Path(__file__).resolve().parent.parent
+# How reasons to skip say that something is not installed.
+MISSING = 'could not import|not installed|not on the PATH'
 GOLDEN = Path(__file__).resolve().parent / 'golden'
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        '--require-all',
+        action='store_true',
+        help='fail where a package or program is missing, instead of skipping the tests that need it',
+    )
+
+
+def fail_if_required(
+    report: pytest.TestReport | pytest.CollectReport, config: pytest.Config
+) -> None:
+    reason = str(report.longrepr)
+    if report.skipped and config.getoption('--require-all') and re.search(MISSING, reason):
+        report.outcome, report.longrepr = 'failed', f'--require-all: {reason}'
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator:
+    report = yield
+    fail_if_required(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator:
+    report = yield
+    fail_if_required(report, collector.config)
+    return report
 
 
 def golden_arch(name: str) -> dict:

@@ -88,7 +88,7 @@ def page(address) -> Iterator:
     sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
     browser = shutil.which('chromium') or shutil.which('google-chrome')
     if browser is None:
-        pytest.skip('no chromium on the PATH')
+        pytest.skip('chromium is not on the PATH')
     with sync_api.sync_playwright() as playwright:
         # Chromium's sandbox does not start for root, as in containers.
         chromium = playwright.chromium.launch(executable_path=browser, args=['--no-sandbox'])
