@@ -237,12 +237,13 @@ def test_tool_draws_folders_with_every_option(tmp_path):
             '0.9',
         ),
         *('--of', 'super_token', '--head', '1', '--stage', '1', '4', '--block', '1'),
+        *('--size', '200'),
     )
     assert 'pictures of 2 images' in result.stdout
     kinds = [f'stage{s}_{k}' for s in (1, 4) for k in ('attention', 'borders', 'colours')]
     written = {str(path.relative_to(out)) for path in out.rglob('*.png')}
     assert written == {f'{i}/same_{kind}.png' for i in range(2) for kind in ['sheet', *kinds]}
-    assert max(cv2.imread(str(out / '0' / 'same_stage1_borders.png')).shape) == 640
+    assert max(cv2.imread(str(out / '0' / 'same_stage1_borders.png')).shape) == 200
 
 
 def tool_says(monkeypatch, capsys, *arguments: object) -> str:
@@ -495,6 +496,28 @@ def test_curves_leave_out_what_was_abandoned(tmp_path, by_epoch):
     curves = read_curves(tmp_path)
     assert curves['loss'] == ([1, 2, 3, 4], [1.0] * 4)
     assert curves['mIoU'] == ([1, 2] if by_epoch else [2, 4], [1.0] * 2)
+
+
+def test_contact_sheet_shows_pictures_as_they_were_drawn(tmp_path):
+    """Lines that are made thinner by resizing are not seen any more."""
+    quickstart = import_tool('quickstart')
+    tile = quickstart.TILE
+    for i in range(2):
+        both = np.hstack([picture(tile, tile, 10 * i), picture(tile, tile, 10 * i + 1)])
+        cv2.imwrite(str(tmp_path / f'{i}.png'), both[..., ::-1])
+        for j, kind in enumerate(('borders', 'colours', 'attention'), 2):
+            file = tmp_path / f'{i}_stage1_{kind}.png'
+            cv2.imwrite(str(file), picture(tile, tile, 10 * i + j)[..., ::-1])
+    images = [Path('data', f'{i}.png') for i in range(2)]
+    sheet = quickstart.contact_sheet(images, tmp_path, tmp_path)
+    step = tile + quickstart.GAP
+    for i in range(2):
+        for j in range(5):
+            top, left = quickstart.HEADING + i * step, j * step
+            shown = sheet[top : top + tile, left : left + tile]
+            np.testing.assert_array_equal(shown, picture(tile, tile, 10 * i + j))
+    headings = sheet[: quickstart.HEADING]
+    assert all((headings[:, j * step : j * step + tile] < 128).any() for j in range(5))
 
 
 def test_report_is_one_file_without_references(tmp_path):

@@ -76,13 +76,19 @@ def parse_args() -> argparse.Namespace:
         'one super token that it belongs to most',
     )
     parser.add_argument('--head', type=int, help='one head, from 1; by default their mean')
+    parser.add_argument(
+        '--size',
+        type=int,
+        help='pixels of the longer side of each picture beside the sheet; by default those of the '
+        f'image, at least {SMALLEST_PICTURE}',
+    )
     parser.add_argument('--out-dir', type=Path, default=Path('super_tokens'))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     add_trust_option(parser)
     args = parser.parse_args()
-    for name in ('block', 'head'):
+    for name in ('block', 'head', 'size'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f'--{name} counts from 1')
+            parser.error(f'--{name} must be 1 or more')
     try:
         args.images = find_images(args.images)
         head = None if args.head is None else args.head - 1
@@ -148,7 +154,7 @@ def draw(path: Path, relative: Path, model: ImageModel, args: argparse.Namespace
     weights = Path(args.checkpoint).name if args.checkpoint else 'random, nothing was trained'
     note = f'{image.shape[1]}x{image.shape[0]} pixels. Config: {Path(args.config).name}. Weights: '
     pictures = {'sheet': super_token_sheet(image, maps, args.point, path.name, note + weights)}
-    longer_side = max(SMALLEST_PICTURE, *image.shape[:2])
+    longer_side = args.size or max(SMALLEST_PICTURE, *image.shape[:2])
     for stage_map in maps:
         borders, colours = draw_super_tokens(image, stage_map, longer_side)
         attention, _ = draw_attention_from(image, stage_map, args.point, longer_side)
