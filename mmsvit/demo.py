@@ -66,7 +66,7 @@ class Demo:
         """Run the model on a file.
 
         Raises:
-            ValueError: It is no image, or larger than allowed.
+            ImageError: It is no image, or none that is allowed; see :func:`read_image`.
         """
         image = read_image(path, self.max_bytes, self.max_pixels)
         with tempfile.TemporaryDirectory() as folder, self._lock:

@@ -6,6 +6,7 @@ nothing from other places.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from html import escape
 
 from .demo import Demo, Look
+from .image_files import ImageError
 
 try:
     import gradio as gr
@@ -20,6 +22,8 @@ except ImportError as error:
     raise ImportError('the page needs gradio: pip install "gradio==6.31.0"') from error
 
 from starlette.middleware import Middleware
+
+logger = logging.getLogger(__name__)
 
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 KEEP_SECONDS = 1800  # of uploads and pictures
@@ -95,12 +99,18 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
 
     attention_outputs = [picture, *(pictures[-1] for pictures in stages)]
 
+    def refusal(text: str) -> dict:
+        shown = gr.HTML(f'<p>{escape(text)}</p>', visible=True)
+        return {file: None, message: shown, results: gr.Column(visible=False)}
+
     def look(path: str) -> dict:
         try:
             result = demo.look(path)
-        except ValueError as error:
-            text = gr.HTML(f'<p>{escape(str(error))}</p>', visible=True)
-            return {file: None, message: text, results: gr.Column(visible=False)}
+        except ImageError as error:
+            return refusal(str(error))
+        except Exception:  # Whatever a model and its pipeline do not bear.
+            logger.exception('%s cannot be worked on', path)
+            return refusal('The model cannot work on this image. The log of the server says why.')
         drawn = {file: None, message: gr.HTML(visible=False), results: gr.Column(visible=True)}
         drawn |= {looked: result, prediction: result.prediction, found: _table(result.found)}
         for pictures, tessellation in zip(stages, demo.tessellations(result)):

@@ -102,6 +102,14 @@ def refuse_weights(module: nn.Module, *_: object) -> None:
     )
 
 
+def switch_to_deploy(model: nn.Module) -> int:
+    """Switch every part of a model that can to its form for inference, and count them."""
+    modules = [module for module in model.modules() if hasattr(module, 'switch_to_deploy')]
+    for module in modules:
+        module.switch_to_deploy()
+    return len(modules)
+
+
 @HOOKS.register_module()
 class DeployHook(Hook):
     """Switch every part of a model that can to its form for inference, before a test.
@@ -118,11 +126,8 @@ class DeployHook(Hook):
         Raises:
             ValueError: No module has it.
         """
-        modules = [m for m in runner.model.modules() if hasattr(m, 'switch_to_deploy')]
-        if not modules:
+        if not switch_to_deploy(runner.model):
             raise ValueError(
                 f'nothing in this {type(runner.model).__name__} can be switched to a form for '
                 'inference; mmsvit.SViT can'
             )
-        for module in modules:
-            module.switch_to_deploy()

@@ -64,17 +64,20 @@ def export(
     shape: tuple[int, int] = (97, 131),
     check_shapes: Sequence[tuple[int, int, int]] = CHECK_SHAPES,
     tolerance: float = 1e-4,
+    normalised: bool = False,
 ) -> list[Check]:
     """Write a model for images of any number and size, read the file again and compare.
 
     Args:
         model: In evaluation mode; from float images ``(N, 3, H, W)`` to a dict of tensors, as
             :class:`mmsvit.exportable.Exportable`.
-        path: The file to write. It is there afterwards only if it is right.
+        path: The file to write, a new one. It is there afterwards only if it is right.
         file_format: One of :data:`FORMATS`.
         shape: Height and width of the images that the model is recorded with.
         check_shapes: Batch sizes, heights and widths to compare at.
         tolerance: What :attr:`Check.error` of floating point outputs may be.
+        normalised: Whether the model takes images of mean 0 and deviation 1, and not pixels of
+            values from 0 to 255.
 
     Returns:
         What was compared.
@@ -82,6 +85,7 @@ def export(
     Raises:
         ExportError: The model cannot be exported, or the file gives other numbers; the message
             says which.
+        FileExistsError: There is a file of that name.
         ImportError: A package that the format needs is missing.
         ValueError: There is no such format, or a shape is too small.
     """
@@ -95,13 +99,15 @@ def export(
         )
     write, read = FORMATS[file_format]
     path = Path(path)
+    if path.exists():
+        raise FileExistsError(f'{path} exists already; name another file')
     path.parent.mkdir(parents=True, exist_ok=True)
     unverified = path.with_name(f'.{path.name}.unverified')
     try:
         try:
             with torch.no_grad(), _quiet():
                 # Two images: one would be taken for a constant.
-                write(model, random_images((2, *shape)), unverified)
+                write(model, random_images((2, *shape), normalised), unverified)
                 run = read(unverified)
         except ImportError:
             raise
@@ -109,7 +115,7 @@ def export(
             raise ExportError(
                 f'{file_format} export failed ({type(error).__name__}): {_first_lines(error)}'
             ) from error
-        checks = list(compare(model, run, shapes, tolerance))
+        checks = list(compare(model, run, shapes, tolerance, normalised))
         failed = [check for check in checks if not check.passed]
         if failed:
             worst = max(failed, key=lambda check: check.error / check.limit)
@@ -126,11 +132,15 @@ def export(
 
 @torch.no_grad()
 def compare(
-    model: nn.Module, run: Run, shapes: Sequence[tuple[int, int, int]], tolerance: float
+    model: nn.Module,
+    run: Run,
+    shapes: Sequence[tuple[int, int, int]],
+    tolerance: float,
+    normalised: bool = False,
 ) -> Iterator[Check]:
     """Compare what a file gives with what the model gives, on random images."""
     for shape in shapes:
-        images = random_images(shape)
+        images = random_images(shape, normalised)
         expected = model(images)
         try:
             found = run(images)
@@ -155,10 +165,13 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return error.nan_to_num(float('inf')).item()
 
 
-def random_images(shape: tuple[int, int, int]) -> Tensor:
-    """Pixels from 0 to 255, ``(N, 3, H, W)``; the same for the same shape."""
+def random_images(shape: tuple[int, int, int], normalised: bool = False) -> Tensor:
+    """Pixels from 0 to 255, or normal noise, ``(N, 3, H, W)``; the same for the same shape."""
     n, height, width = shape
-    return 255 * torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    if normalised:
+        return torch.randn(n, 3, height, width, generator=generator)
+    return 255 * torch.rand(n, 3, height, width, generator=generator)
 
 
 def _dynamic_shapes(min_size: int) -> tuple[dict[int, Dim]]:

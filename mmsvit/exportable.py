@@ -6,18 +6,17 @@ images and returns tensors.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_state_dict
 from torch import Tensor, nn
 
 from .checkpoint import load_pretrained, model_state_dict, read_checkpoint
+from .deploy import switch_to_deploy
+from .stock_models import build_model, takes_rgb
 
 PARTS = ('model', 'neck', 'backbone')
 
@@ -89,8 +88,7 @@ class Exportable(nn.Module):
             self.register_buffer('mean', preprocessor.mean.reshape(-1, 1, 1))
             self.register_buffer('std', preprocessor.std.reshape(-1, 1, 1))
         # mm* read images as BGR, and some models want them so.
-        conversions = ('_channel_conversion', 'channel_conversion', 'to_rgb')
-        self.to_bgr = normalize and not any(getattr(preprocessor, c, False) for c in conversions)
+        self.to_bgr = normalize and not takes_rgb(preprocessor)
 
     @property
     def input_description(self) -> str:
@@ -102,6 +100,13 @@ class Exportable(nn.Module):
     def _whole(self) -> Callable[[Tensor], dict[str, Tensor]]:
         model = self.model
         if hasattr(model, 'encode_decode'):
+            heads = model.decode_head  # Of a cascade there are several.
+            head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
+            if not hasattr(head, 'cls_seg'):
+                raise ValueError(
+                    f'a {type(model).__name__} with a {type(head).__name__} cannot be exported '
+                    "whole: it classifies masks and not pixels. Export its 'neck' or 'backbone'"
+                )
             return self._segmentor
         if hasattr(model, 'bbox_head') and not hasattr(model, 'encoder'):
             return self._dense_head
@@ -187,21 +192,15 @@ def build_exportable(
         ValueError, RuntimeError: The weights do not fit, or there is no such part.
         FileNotFoundError: There is no such checkpoint.
     """
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    model_cfg = copy.deepcopy(cfg.model)
-    if not model_cfg.get('data_preprocessor') and cfg.get('data_preprocessor'):
-        model_cfg.data_preprocessor = cfg.data_preprocessor  # Where mmpretrain's configs have it.
-    model = MODELS.build(model_cfg)
+    model = build_model(cfg)
     if checkpoint is None:
         model.init_weights()
     elif part == 'backbone':
         load_pretrained(model.backbone, checkpoint)
     else:
         load_state_dict(model, model_state_dict(read_checkpoint(checkpoint)), strict=True)
-    model = revert_sync_batchnorm(model).eval()
+    model.eval()
     if deploy:
-        for module in list(model.modules()):
-            if hasattr(module, 'switch_to_deploy'):
-                module.switch_to_deploy()
+        switch_to_deploy(model)
     _replace_adaptive_pooling(model)
     return Exportable(model, part, normalize).requires_grad_(False).eval()

@@ -11,32 +11,24 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.runner import load_state_dict
 from mmengine.structures import BaseDataElement
 from PIL import Image
-from torch import nn
+from torch import Tensor
 
 from .checkpoint import load_pretrained, model_state_dict, read_checkpoint
+from .stock_models import build_model, find_backbone
 from .super_token_maps import SuperTokenMap, SuperTokenRecorder
-from .svit import SViT
 from .visualization import SMALLEST_PICTURE, fit, seen_image
 
 
-def find_backbone(model: nn.Module) -> SViT:
-    """The SViT in a model, wherever it is.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for module in model.modules():
-        if isinstance(module, SViT):
-            return module
-    raise ValueError(
-        f'{type(model).__name__} has no mmsvit.SViT; its backbone is '
-        f'{type(getattr(model, "backbone", None)).__name__}'
-    )
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # No driver, no such name; no CUDA in PyTorch.
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f'the device {str(device)!r} cannot be used: {reason}') from error
 
 
 def _test_dataset(cfg: Config) -> dict:
@@ -51,7 +43,10 @@ def _test_dataset(cfg: Config) -> dict:
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Classes and colours of the test data, without reading any of it."""
     dataset = _test_dataset(cfg)
-    kind = dataset.type if isinstance(dataset.type, type) else DATASETS.get(dataset.type)
+    kind = dataset.type
+    if not isinstance(kind, type):
+        with DATASETS.switch_scope_and_registry(None) as registry:  # That of the default scope.
+            kind = registry.get(kind)
     meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
     return {key.lower(): value for key, value in meta.items()}
 
@@ -84,20 +79,19 @@ class ImageModel:
     Args:
         cfg: The config.
         device: Where it runs.
+
+    Raises:
+        ValueError: The config has no such model or no test data, or there is no such device.
     """
 
     def __init__(self, cfg: Config, device: str | torch.device = 'cpu') -> None:
-        init_default_scope(cfg.get('default_scope', 'mmengine'))
-        model_cfg = cfg.model
-        if cfg.get('data_preprocessor') is not None:  # As the runner does.
-            model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+        _check_device(device)
         steps = [
             step for step in _test_dataset(cfg).pipeline if 'Annotations' not in str(step['type'])
         ]
         self.cfg = cfg
+        self.model = build_model(cfg).to(device).eval()
         self.pipeline = Compose(steps)
-        # SyncBN is for training on several GPUs.
-        self.model = revert_sync_batchnorm(MODELS.build(model_cfg)).to(device).eval()
         self.backbone = find_backbone(self.model)
         self.dataset_meta = _dataset_meta(cfg)
 
@@ -157,9 +151,12 @@ class ImageModel:
             threshold: Lowest score of an object that is drawn.
 
         Returns:
-            A picture, larger than a small image; of a classifier's prediction the image itself.
+            A picture, larger than a small image. The image itself where nothing is to be drawn: of
+            a classifier's prediction, and of a panoptic one without any segment.
         """
         if 'pred_score' in sample:
+            return image
+        if 'pred_panoptic_seg' in sample and not self.describe_prediction(sample):
             return image
         image, sample = _enlarge(image, sample.cpu())
         visualizer = VISUALIZERS.build(dict(type=self.cfg.visualizer.type, name='prediction'))
@@ -180,9 +177,11 @@ class ImageModel:
 
         Returns:
             Of a detector objects and scores, of a segmentor classes and their share of the
-            image, of a classifier classes and scores.
+            image, of a panoptic one segments and their share, of a classifier classes and scores.
         """
-        if 'pred_instances' in sample:
+        if 'pred_panoptic_seg' in sample:
+            labels, scores = self._segments(sample.pred_panoptic_seg.sem_seg)
+        elif 'pred_instances' in sample:
             scores, labels = sample.pred_instances.scores, sample.pred_instances.labels
             shown = scores >= threshold
             scores, labels = scores[shown], labels[shown]
@@ -197,3 +196,14 @@ class ImageModel:
         numbers = [int(labels[i]) for i in best]
         names = [classes[n] if n < len(classes) else f'class {n}' for n in numbers]
         return [(str(name), f'{scores[i]:.1%}') for name, i in zip(names, best)]
+
+    def _segments(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Class of each segment of a panoptic map, and its share of the image."""
+        from mmdet.evaluation import INSTANCE_OFFSET
+
+        found, counts = ids.unique(return_counts=True)
+        labels = found % INSTANCE_OFFSET
+        known = labels < len(
+            self.dataset_meta.get('classes') or ()
+        )  # Behind them comes what is nothing.
+        return labels[known], counts[known] / ids.numel()

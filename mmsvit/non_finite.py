@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
@@ -19,6 +18,7 @@ from torch.nn.utils import get_total_norm
 
 from .registry import HOOKS
 from .safe_checkpoint import first_non_finite
+from .stock_models import unwrap
 
 _NAMES_SHOWN = 4
 
@@ -94,7 +94,7 @@ class NonFiniteHook(Hook):
         self._batch, self._rng, self._norm, self._found = data_batch, _rng_states(), None, False
         self._unclipped.clear()
         if self.action == 'skip' and not self._losses:
-            self._buffers = [(b, b.clone()) for b in _inner(runner.model).buffers()]
+            self._buffers = [(b, b.clone()) for b in unwrap(runner.model).buffers()]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if getattr(optimizer, 'found_inf', None):
@@ -183,10 +183,6 @@ def _norm(optimizer: torch.optim.Optimizer) -> Tensor:
     return get_total_norm(gradients) if gradients else torch.zeros(())
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
-
-
 def _terms(losses: dict) -> Iterator[tuple[str, Tensor]]:
     """Name and value of each term, as MMEngine sums them up."""
     for name, value in losses.items():
@@ -237,7 +233,7 @@ def _trace(runner: Runner, batch: object, rng: tuple) -> str:
     weight = first_non_finite(runner.model, statistics=False)  # The batch has spoilt those.
     if weight is not None:
         return f'the weights themselves: {weight}'
-    model, before = _inner(runner.model), _rng_states()
+    model, before = unwrap(runner.model), _rng_states()
     if any(type(m).__name__ == 'FullyShardedDataParallel' for m in runner.model.modules()):
         return 'unknown (a sharded model cannot be run again by one process)'
     bad: list[str] = []

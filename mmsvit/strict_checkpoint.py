@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, load_state_dict
 from torch import nn
 
 from .checkpoint import backbone_state_dict, check_fit, model_state_dict
 from .registry import HOOKS
+from .stock_models import unwrap
 
 
 def find_backbones(model: nn.Module) -> dict[str, nn.Module]:
@@ -45,8 +45,7 @@ class StrictCheckpointHook(Hook):
         """
         weights = model_state_dict(checkpoint)
         if self.backbone_only:
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            for name, backbone in find_backbones(model).items():
+            for name, backbone in find_backbones(unwrap(runner.model)).items():
                 # To both branches of its semi-supervised detectors MMDetection gives the weights
                 # of a plain one.
                 inside = any(key.startswith(f'{name}.') for key in weights)

@@ -270,7 +270,7 @@ class SuperTokenRecorder:
         max_images: Keep that many images of a batch; by default all.
 
     Raises:
-        ValueError: There is no such stage or block.
+        ValueError: There is no such stage or block, or none samples super tokens.
     """
 
     def __init__(
@@ -282,6 +282,8 @@ class SuperTokenRecorder:
     ) -> None:
         if stages is None:
             stages = [i for i, stage in enumerate(backbone.stages) if stage.blocks[-1].attn.samples]
+            if not stages:
+                raise ValueError('no stage of this backbone samples super tokens; name the stages')
         self.layers: dict[tuple[int, int], SuperTokenAttention] = {}
         for i in stages:
             if not 0 <= i < len(backbone.stages):

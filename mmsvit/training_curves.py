@@ -22,12 +22,13 @@ def read_curves(work_dir: str | Path) -> dict[str, Curve]:
             resumed it, or one such file.
 
     Returns:
-        Steps and values of each scalar. What was logged again after a resumption replaces
-        what was there. Validations of an epoch-based run have epochs for steps.
+        Steps and values of each scalar. Where a later file begins, what earlier ones have from
+        there on is left out: it was resumed from an earlier checkpoint, or begun anew.
+        Validations of an epoch-based run have epochs for steps.
 
     Raises:
         FileNotFoundError: There is no log.
-        ValueError: A file is no such log.
+        ValueError: A file is no such log. (A last line that a kill cut off is left out.)
     """
     path = Path(work_dir)
     files = [path] if path.is_file() else sorted(path.glob('*/vis_data/scalars.json'))
@@ -36,20 +37,49 @@ def read_curves(work_dir: str | Path) -> dict[str, Curve]:
             f'no log of a run in {str(path)!r}: looked for */vis_data/scalars.json, which '
             'LocalVisBackend of the config writes'
         )
-    values: dict[str, dict[float, float]] = {}
+    training: dict[float, dict] = {}
+    validations: dict[float, dict] = {}
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            try:
-                record = json.loads(line)
-                step = record['step']
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{file}, line {number}: expected a record with a step, found {line[:80]!r}'
-                ) from error
-            for key, value in record.items():
-                if isinstance(value, (int, float)):
-                    values.setdefault(key, {})[step] = value
-    return {key: (sorted(at), [at[step] for step in sorted(at)]) for key, at in values.items()}
+        trained, validated = _read_log(file)
+        begins = [first.get('epoch', step) for step, first in list(trained.items())[:1]]
+        training = _continued(training, trained, list(trained))
+        validations = _continued(validations, validated, [*begins, *validated])
+    curves: dict[str, Curve] = {}
+    # Seconds are logged for both; those of training are more.
+    for records in (training, validations):
+        for key in {key: None for record in records.values() for key in record}:
+            at = [
+                step for step in sorted(records) if isinstance(records[step].get(key), (int, float))
+            ]
+            if at:
+                curves.setdefault(key, (at, [records[step][key] for step in at]))
+    return curves
+
+
+def _read_log(file: Path) -> tuple[dict[float, dict], dict[float, dict]]:
+    """Records of training and those of validations, by their steps."""
+    training, validations = {}, {}
+    for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
+        try:
+            record = json.loads(line)
+            step = record['step']
+        except (ValueError, KeyError, TypeError) as error:
+            if not line.endswith('\n'):
+                break
+            raise ValueError(
+                f'{file}, line {number}: expected a record with a step, found {line[:80]!r}'
+            ) from error
+        records = training if 'iter' in record else validations
+        records[step] = {**records.get(step, {}), **record}
+    return training, validations
+
+
+def _continued(
+    before: dict[float, dict], after: dict[float, dict], steps: Sequence[float]
+) -> dict[float, dict]:
+    """Records up to the first of these steps, and later ones."""
+    begin = min(steps, default=float('inf'))
+    return {**{step: record for step, record in before.items() if step < begin}, **after}
 
 
 def choose_metrics(names: Sequence[str]) -> list[str]:

@@ -15,10 +15,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from .stock_models import takes_rgb
 from .super_token_maps import SuperTokenMap
 
 SMALLEST_PICTURE = 640  # pixels of the longer side: smaller images are enlarged
 TILE = 480  # pixels of the longer side of a picture on a sheet
+COLUMN = 340  # pixels that a picture's column has at least, for what is written below it
 SUPERSAMPLING = 2  # what smooths the borders
 COLOUR_MAP = 'inferno'
 TEXT = dict(family='DejaVu Sans', color='#222222', verticalalignment='center')
@@ -72,9 +74,7 @@ def seen_image(preprocessor: nn.Module, normalised: Tensor, size: Sequence[int])
         if isinstance(getattr(preprocessor, name, None), Tensor):
             image = combine(image, getattr(preprocessor, name).reshape(3, 1, 1).cpu())
     image = image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    # MMEngine, MMSegmentation and MMPretrain, in this order, say so when BGR becomes RGB.
-    flags = ('_channel_conversion', 'channel_conversion', 'to_rgb')
-    if not any(getattr(preprocessor, flag, False) for flag in flags):
+    if not takes_rgb(preprocessor):
         image = image[..., ::-1]
     return np.ascontiguousarray(image[: size[0], : size[1]])
 
@@ -194,8 +194,13 @@ def _caption(maps: SuperTokenMap) -> str:
     return f'Stage {maps.stage + 1}, block {maps.block + 1} of {maps.num_blocks}: {what}'
 
 
-class _Sheet:
-    """A white page on which pictures and text have their places in pixels."""
+class Sheet:
+    """A white page on which pictures and text have their places in pixels.
+
+    Args:
+        width: Of the page.
+        height: The same.
+    """
 
     def __init__(self, width: int, height: int) -> None:
         self.height = height
@@ -217,6 +222,7 @@ class _Sheet:
         )
 
     def render(self) -> np.ndarray:
+        """The page as a picture."""
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
 
@@ -242,10 +248,11 @@ def super_token_sheet(
     draw_ring(tile, point.pixel(tile.shape[:2]))
     height, width = tile.shape[:2]
     row = caption + height + bar
-    sheet = _Sheet(2 * margin + 4 * width + 3 * gap, head + len(maps) * row + margin // 2)
+    column = max(width, COLUMN)
+    sheet = Sheet(2 * margin + 4 * column + 3 * gap, head + len(maps) * row + margin // 2)
     sheet.text(title, margin, 30, 15, weight='bold')
     sheet.text(note, margin, 56, 9.5, color='#666666')
-    columns = [margin + i * (width + gap) for i in range(4)]
+    columns = [margin + i * (column + gap) for i in range(4)]
     for i, stage_map in enumerate(maps):
         borders, colours = draw_super_tokens(image, stage_map, TILE)
         attention, most = draw_attention_from(image, stage_map, point, TILE)
@@ -257,13 +264,13 @@ def super_token_sheet(
             sheet.picture(picture, x, top + caption)
         for x, name in zip(columns, names):
             sheet.text(name, x, top + caption + height + bar // 2, 9.5, color='#666666')
-        _colour_bar(sheet, columns[3], top + caption + height + bar // 2, width, most)
+        _colour_bar(sheet, columns[3], top + caption + height + bar // 2, column, most)
     return sheet.render()
 
 
-def _colour_bar(sheet: _Sheet, x: int, y: int, width: int, top: float) -> None:
+def _colour_bar(sheet: Sheet, x: int, y: int, width: int, top: float) -> None:
     """What the colours of attention mean, in one line below the picture."""
-    length, thickness, end = round(0.25 * width), 10, x + width - 88
+    length, thickness, end = round(0.2 * width), 10, x + width - 88
     ramp = matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, length))[None, :, :3] * 255
     ramp = np.repeat(ramp, thickness, axis=0).round().astype(np.uint8)
     sheet.text('attention from the ring', x, y, 9.5, color='#666666')

@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel
 from mmengine.runner import Runner
-from torch import nn
 
-from .inference import find_backbone
 from .registry import HOOKS
+from .stock_models import find_backbone, unwrap
 from .super_token_maps import SuperTokenRecorder
 from .visualization import AttentionPoint, seen_image, super_token_sheet
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
 
 
 @HOOKS.register_module()
@@ -59,16 +54,22 @@ class SuperTokenVisualizationHook(Hook):
 
     def _record(self, runner: Runner, max_images: int) -> SuperTokenRecorder:
         return SuperTokenRecorder(
-            find_backbone(_unwrap(runner.model)), self.stages, self.block, max_images
+            find_backbone(unwrap(runner.model)), self.stages, self.block, max_images
         )
 
     def before_run(self, runner: Runner) -> None:
         """Refuse a model that cannot be drawn before it is trained.
 
         Raises:
-            ValueError: It has no SViT, or that has no such stage or block, or its input is no
-                colour image.
+            ValueError: It has no SViT, or that has no such stage or block or none with super
+                tokens, or its input is no colour image, or it is compiled.
         """
+        if runner.cfg.get('compile'):
+            # The compiled step does not see forward hooks that come later, as a recorder's.
+            raise ValueError(
+                "SuperTokenVisualizationHook cannot look into a compiled step: leave out the config's "
+                '`compile` or this hook (tools/visualize_super_tokens.py draws from checkpoints)'
+            )
         backbone = self._record(runner, 1).backbone
         if backbone.in_channels != 3:
             raise ValueError(
@@ -88,7 +89,7 @@ class SuperTokenVisualizationHook(Hook):
             inputs = data_batch['inputs']
             # Several branches, as for semi-supervised training, come as a dict.
             images = recorder.images if isinstance(inputs, dict) else inputs
-            preprocessor = _unwrap(runner.model).data_preprocessor
+            preprocessor = unwrap(runner.model).data_preprocessor
             image = seen_image(preprocessor, recorder.images[i], images[i].shape[-2:])
             number = '' if name == 'train' else f'_{self._drawn + i}'
             sheet = super_token_sheet(image, maps, self.point, f'{name}, step {step}')
@@ -122,7 +123,12 @@ class SuperTokenVisualizationHook(Hook):
     def before_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
-        """Begin to record until enough images are drawn; on the first of several processes."""
+        """Begin to record until enough images are drawn; on the first of several processes.
+
+        Not with test-time augmentation, which runs each image several times.
+        """
+        if isinstance(unwrap(runner.model), BaseTTAModel):
+            return
         if self._drawn < self.val_images and runner.rank == 0:
             self._start(runner, self.val_images - self._drawn)
 

@@ -7,10 +7,11 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,8 @@ if importlib.util.find_spec('triton') is None:
 ROOT = Path(__file__).resolve().parent.parent
 # Marks of the tests that run only if ``-m`` names them.
 ON_DEMAND = ('all_configs', 'stress', 'peers')
+# How reasons to skip say that something is not installed.
+MISSING = 'could not import|not installed|not on the PATH'
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 FIGURES = ROOT / 'docs' / 'stress.md'  # Ends in a table.
 
@@ -41,6 +44,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(map(item.get_closest_marker, unasked))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        '--require-all',
+        action='store_true',
+        help='fail where a package or program is missing, instead of skipping the tests that need it',
+    )
+
+
+def fail_if_required(
+    report: pytest.TestReport | pytest.CollectReport, config: pytest.Config
+) -> None:
+    reason = str(report.longrepr)
+    if report.skipped and config.getoption('--require-all') and re.search(MISSING, reason):
+        report.outcome, report.longrepr = 'failed', f'--require-all: {reason}'
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator:
+    report = yield
+    fail_if_required(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator:
+    report = yield
+    fail_if_required(report, collector.config)
+    return report
 
 
 def golden_arch(name: str) -> dict:

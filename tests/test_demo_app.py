@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, import_tool, run_python
 from mmengine.config import Config
 from PIL import Image
 
@@ -47,9 +48,11 @@ def checkpoint(tmp_path_factory) -> Path:
 def address(checkpoint, tmp_path_factory) -> Iterator[str]:
     """Where the tool serves the page; files of at most 200 kB, images of at most 40 000 pixels."""
     log = tmp_path_factory.mktemp('server') / 'log'
+    kept = tmp_path_factory.mktemp('kept')
     limits = ['--max-bytes', '200000', '--max-pixels', '40000']
     command = [sys.executable, TOOL, '--config', CONFIG, '--checkpoint', checkpoint, *limits]
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    env['TMPDIR'] = str(kept)
     with log.open('w') as output:
         server = subprocess.Popen(
             list(map(str, command)),
@@ -66,11 +69,14 @@ def address(checkpoint, tmp_path_factory) -> Iterator[str]:
                 break
         else:
             pytest.fail(log.read_text()[-3000:])
+        assert list(kept.glob('mmsvit-demo-*'))
         yield found.group(1)
     finally:
         server.terminate()
         server.wait(30)
         server.stdout.close()
+    assert server.returncode == 128 + signal.SIGTERM
+    assert not list(kept.glob('mmsvit-demo-*'))
     said = log.read_text()
     # gradio logs where it refused a file of the server's own; nothing else may go wrong.
     assert said.count('Traceback') == said.count('it was not uploaded by a user')
@@ -82,7 +88,7 @@ def page(address) -> Iterator:
     sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
     browser = shutil.which('chromium') or shutil.which('google-chrome')
     if browser is None:
-        pytest.skip('no chromium on the PATH')
+        pytest.skip('chromium is not on the PATH')
     with sync_api.sync_playwright() as playwright:
         # Chromium's sandbox does not start for root, as in containers.
         chromium = playwright.chromium.launch(executable_path=browser, args=['--no-sandbox'])
@@ -97,6 +103,13 @@ def page(address) -> Iterator:
     assert not elsewhere
 
 
+def pixels(page, name: str) -> np.ndarray:
+    """A picture of the page, as large as it came."""
+    source = page.evaluate(f'document.querySelector("#{name} img").src')
+    with urllib.request.urlopen(source) as answer:
+        return np.asarray(Image.open(answer).convert('RGB')).astype(int)
+
+
 @needs_gradio
 def test_page_shows_boxes_super_tokens_and_attention(page, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -106,24 +119,24 @@ def test_page_shows_boxes_super_tokens_and_attention(page, tmp_path):
         page.wait_for_selector(f'#{name} img')
     page.get_by_text('In figures').click()
     assert 'square' in page.inner_text('#found')
-    drawn = page.evaluate(
-        """async source => {
-            const image = new Image(); image.src = source; await image.decode();
-            const canvas = document.createElement('canvas');
-            [canvas.width, canvas.height] = [image.width, image.height];
-            const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
-            return Array.from(context.getImageData(0, 0, image.width, image.height).data);
-        }""",
-        page.get_attribute('#prediction img', 'src'),
-    )
     green = np.array([60, 180, 75])  # The palette's colour of squares.
-    colours = np.array(drawn).reshape(-1, 4)[:, :3]
-    assert (np.abs(colours - green).max(axis=1) < 30).mean() > 0.01
+    assert (np.abs(pixels(page, 'prediction') - green).max(axis=2) < 30).mean() > 0.01
 
-    before = page.get_attribute('#attention-1 img', 'src')
-    page.click('#picture img', position=dict(x=40, y=50))
-    changed = 'source => document.querySelector("#attention-1 img").src != source'
-    page.wait_for_function(changed, arg=before)
+    before = {name: pixels(page, name) for name in ('picture', 'attention-1')}
+    sources = {name: page.get_attribute(f'#{name} img', 'src') for name in before}
+    box = page.locator('#picture img').bounding_box()
+    page.click('#picture img', position=dict(x=40, y=90))
+    for name, source in sources.items():
+        changed = '([name, source]) => document.querySelector(`#${name} img`).src != source'
+        page.wait_for_function(changed, arg=[name, source])
+        # The ring has left the middle, and is where the click was.
+        after = pixels(page, name)
+        height, width = after.shape[:2]
+        rows, columns = np.nonzero((after.min(axis=2) > 240) & (before[name].min(axis=2) <= 240))
+        near = np.hypot(rows - 90 * height / box['height'], columns - 40 * width / box['width'])
+        assert (near < 20).sum() > 30
+        if name == 'picture':
+            assert (near < 20).all()
 
     # What is wrong gets a message, and the page goes on.
     (tmp_path / 'text.jpg').write_text('no image at all')
@@ -137,6 +150,42 @@ def test_page_shows_boxes_super_tokens_and_attention(page, tmp_path):
     page.wait_for_selector(':text("exceed the maximum allowed size")')
     page.set_input_files('#file input[type=file]', tmp_path / 'noise.png')
     page.wait_for_selector('#prediction img')
+
+
+@needs_gradio
+def test_what_the_model_does_not_bear_gets_a_message(caplog):
+    from mmsvit.demo_page import build_page
+
+    class Failing:
+        attentions = ()
+
+        def look(self, path: str) -> None:
+            raise ValueError('need at least one array to stack')
+
+    page = build_page(Failing(), 'a page')
+    look = next(event.fn for event in page.fns.values() if event.api_name == 'look')
+    answer = {component.elem_id: value for component, value in look('photo.png').items()}
+    assert 'cannot work on this image' in answer['message'].value
+    assert 'need at least one array to stack' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('option', 'value', 'message'),
+    [
+        ('--port', '99999', 'a number from 1 to 65535'),
+        ('--checkpoint', 'none.pth', 'no such checkpoint: none.pth'),
+        ('--max-bytes', '0', 'must be 1 or more'),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(
+    option, value, message, monkeypatch, capsys
+):
+    options = {'--config': CONFIG, '--checkpoint': CONFIG, option: value}
+    arguments = [str(part) for pair in options.items() for part in pair]
+    monkeypatch.setattr('sys.argv', [TOOL, *arguments])
+    with pytest.raises(SystemExit):
+        import_tool('demo_app').parse_args()
+    assert message in capsys.readouterr().err
 
 
 @needs_gradio

@@ -36,6 +36,7 @@ from torch import nn
 from mmsvit import config_path
 from mmsvit.check_env import fix_for
 from mmsvit.checkpoint import read_checkpoint
+from mmsvit.cli import add_guards
 
 DOCS = ROOT / 'docs'
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted(DOCS.rglob('*.md'))]
@@ -55,9 +56,9 @@ WEIGHTS = (
 RUN = {
     'tools/convert_checkpoint.py checkpoints/stvit-small-224.pth svit-': 'svit-small.safetensors',
     'tools/convert_checkpoint.py work_dirs/mine/': 'detector.safetensors',
-    'tools/visualize_super_tokens.py docs/images/coffee.jpg': 'super_tokens/coffee.png',
+    'tools/visualize_super_tokens.py docs/images/coffee.jpg': 'super_tokens/coffee_sheet.png',
     'tools/visualize_super_tokens.py photo.jpg --config configs/svit_upernet_ade20k.py': (
-        'super_tokens/photo.png'
+        'super_tokens/photo_sheet.png'
     ),
 }
 
@@ -224,9 +225,8 @@ def imported_modules(code: str) -> list[str]:
 
 
 def is_config(code: str) -> bool:
-    """Whether it sets what a config sets, and does nothing else."""
-    body = ast.parse(code).body
-    return all(isinstance(node, ast.Assign) and node.targets[0].id in BUILDERS for node in body)
+    """Whether it sets names and does nothing else, as configs do."""
+    return all(isinstance(node, ast.Assign) for node in ast.parse(code).body)
 
 
 def build_model(cfg: Config, folder: Path) -> nn.Module:
@@ -264,29 +264,43 @@ def build_hooks(cfg: Config, folder: Path) -> None:
         HOOKS.build(hook)
 
 
+def build_default_hooks(cfg: Config, folder: Path) -> None:
+    add_guards(cfg)
+    for hook in cfg.default_hooks.values():
+        if hook['type'].startswith('mmsvit.'):  # Others want a running visualizer.
+            HOOKS.build(hook)
+
+
 def build_visualizer(cfg: Config, folder: Path) -> None:
     pytest.importorskip('tensorboard')
     VISUALIZERS.build({**cfg.visualizer, 'name': str(folder), 'save_dir': str(folder)})
 
 
+def compile_function(cfg: Config, folder: Path) -> None:
+    torch.compile(nn.Identity(), **cfg.compile)
+
+
 # What is built to try a name that a part of a config sets.
 BUILDERS = dict(
+    compile=compile_function,
     _base_=build_model,
     model=build_model,
     optim_wrapper=build_optimizer,
     custom_hooks=build_hooks,
+    default_hooks=build_default_hooks,
     visualizer=build_visualizer,
 )
 
 
 def build_config(code: str, folder: Path) -> None:
     """Build what a part of a config sets, in a config that it fits into."""
-    names = [node.targets[0].id for node in ast.parse(code).body]
+    names = [ast.unparse(target) for node in ast.parse(code).body for target in node.targets]
+    unknown = set(names) - set(BUILDERS)
+    assert not unknown, f'nothing builds what a config calls {unknown}'
     if '_base_' not in names:
         whole = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
         base = config_path(whole if 'model' in names else 'svit_maskrcnn_coco.py')
         code = f'_base_ = {base!r}\n{code}'
-        names = ['_base_', *names] if 'model' not in names else names
     file = folder / 'config.py'
     file.write_text(code)
     cfg = Config.fromfile(file)
@@ -454,8 +468,13 @@ def test_a_block_that_nothing_knows_is_an_error(tmp_path, monkeypatch):
         Block(1, 'shell', 'python tools/train.py configs/no_such_config.py'),
         Block(1, 'shell', 'pip install torch==1.0'),
         Block(1, 'python', 'no_such_name'),
+        Block(1, 'python', 'compile = dict(dynmaic=False)'),
+        Block(1, 'python', 'optim_wraper = dict(type="OptimWrapper")'),
+        Block(1, 'python', 'custom_hook = []'),
+        Block(1, 'python', 'default_hooks = dict(non_finit=dict(action="skip"))'),
+        Block(1, 'python', 'default_hooks = dict(non_finite=dict(acton="skip"))'),
     ):
-        with pytest.raises((AssertionError, NameError)):
+        with pytest.raises((AssertionError, KeyError, NameError, TypeError)):
             reader.read(block)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import ROOT, import_tool, run_python
+from conftest import ROOT, fail_if_required, import_tool, run_python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -273,3 +273,21 @@ def test_a_build_without_ops_does_not_pass_for_one_with_them(setup_env, compiled
         Path(sys.executable), name, metadata.version(name), 'cpu', compiled=compiled
     )
     assert (result.returncode == 0) is (is_stand_in() is not compiled), result.stderr
+
+
+@pytest.mark.parametrize(
+    ('reason', 'outcome'),
+    [
+        ("could not import 'onnx': No module named 'onnx'", 'failed'),
+        ('gradio is not installed: pip install "gradio==6.31.0"', 'failed'),
+        ('chromium is not on the PATH', 'failed'),
+        ('needs CUDA', 'skipped'),
+    ],
+)
+def test_what_is_not_installed_is_no_excuse_if_all_is_required(reason, outcome):
+    for required, expected in ((True, outcome), (False, 'skipped')):
+        report = SimpleNamespace(skipped=True, outcome='skipped', longrepr=('file', 1, reason))
+        fail_if_required(
+            report, SimpleNamespace(getoption=lambda name, required=required: required)
+        )
+        assert report.outcome == expected

@@ -14,7 +14,7 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 from mmsvit import SViT
-from mmsvit.export import ExportError, difference, export
+from mmsvit.export import ExportError, compare, difference, export
 from mmsvit.exportable import AdaptivePooling, build_exportable
 
 CONFIGS = ROOT / 'configs'
@@ -127,6 +127,19 @@ def test_a_model_without_an_exportable_whole_names_what_there_is():
         build_exportable(cfg)
 
 
+def test_a_segmentor_of_masks_and_not_of_pixels_is_not_exported_whole():
+    """Its head's outputs are no logits."""
+    cfg = Config.fromfile(
+        CONFIGS / 'mask2former' / 'svit-s_mask2former_8xb2-160k_ade20k-512x512.py'
+    )
+    cfg.model.backbone.update(arch=small_arch(), init_cfg=None)
+    cfg.model.decode_head.in_channels = [8, 12, 16, 24]
+    with pytest.raises(ValueError, match=r"EncoderDecoder with a Mask2FormerHead .*'backbone'"):
+        build_exportable(cfg)
+    outputs = build_exportable(cfg, part='neck')(torch.rand(1, 3, 64, 64))
+    assert list(outputs) == [f'level{i}' for i in range(4)]
+
+
 def test_weights_load_strictly(tmp_path):
     cfg = small_config('svit_upernet_shapes')
     init_default_scope('mmseg')
@@ -151,9 +164,18 @@ def test_adaptive_pooling_is_that_of_torch(size):
 # --- for which sizes it runs -----------------------------------------------------------
 
 
-@pytest.mark.parametrize('file_format', ['torchscript', 'torch-export'])
-@pytest.mark.parametrize('deploy', [True, False])
+@pytest.mark.parametrize(
+    ('file_format', 'deploy'),
+    [
+        ('onnx', False),  # Deployed it is in the segmentor below, and the exporter is slow.
+        *(('torchscript', deploy) for deploy in (True, False)),
+        *(('torch-export', deploy) for deploy in (True, False)),
+    ],
+)
 def test_backbone_for_all_sizes(file_format, deploy, tmp_path):
+    if file_format == 'onnx':
+        for package in ('onnx', 'onnxscript', 'onnxruntime'):
+            pytest.importorskip(package)
     model = exportable('svit_maskrcnn_shapes', 'backbone', deploy=deploy)
     file = tmp_path / 'backbone'
     checks = export(model, file, file_format, check_shapes=SHAPES)
@@ -196,6 +218,27 @@ class Specialised(nn.Module):
         return dict(sums=images.sum(dim=(2, 3)) / int(images.shape[2]))
 
 
+class OfRange(nn.Module):
+    """What the images are that it is compared at."""
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(low=images.amin(), high=images.amax(), mean=images.mean())
+
+
+@pytest.mark.parametrize('normalised', [True, False])
+def test_images_are_such_as_the_file_takes(normalised):
+    seen = []
+
+    def run(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(images)
+        return OfRange()(images)
+
+    assert all(check.passed for check in compare(OfRange(), run, SHAPES, 1e-4, normalised))
+    pixels = torch.cat([images.flatten() for images in seen])
+    assert abs(pixels.mean() - (0 if normalised else 127.5)) < 1
+    assert 3 < pixels.max() < 7 if normalised else 250 < pixels.max() <= 255
+
+
 class Unsteady(nn.Module):
     """Never gives the same numbers twice."""
 
@@ -215,6 +258,13 @@ def test_a_file_that_differs_is_not_kept(model, message, tmp_path):
         # The second is the size of the recording.
         export(model, tmp_path / 'f.pt', 'torchscript', (65, 131), check_shapes=SHAPES)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_older_file_stays_and_is_not_taken_for_the_new_one(tmp_path):
+    (tmp_path / 'f.pt').write_text('older')
+    with pytest.raises(FileExistsError, match='exists already'):
+        export(Unsteady(), tmp_path / 'f.pt', 'torchscript')
+    assert (tmp_path / 'f.pt').read_text() == 'older'
 
 
 def test_what_cannot_be_exported_leaves_no_file(tmp_path):

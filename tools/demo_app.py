@@ -10,8 +10,10 @@ says otherwise; there is no password.
 from __future__ import annotations
 
 import argparse
+import signal
 import threading
 from pathlib import Path
+from types import FrameType
 
 import torch
 from mmengine.config import Config
@@ -41,11 +43,21 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_bytes < 1 or args.max_pixels < 1:
         parser.error('--max-bytes and --max-pixels must be 1 or more')
+    if args.port is not None and not 1 <= args.port <= 65535:
+        parser.error(f'--port is a number from 1 to 65535, found {args.port}')
+    if not Path(args.checkpoint).is_file():
+        parser.error(f'no such checkpoint: {args.checkpoint}')
     return args
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """Leave as by Ctrl-C, so that nothing that visitors gave stays on the disk."""
+    raise SystemExit(128 + number)
 
 
 def main() -> None:
     args = parse_args()
+    signal.signal(signal.SIGTERM, end)
     if args.trust_checkpoint:
         trust_checkpoints()
     try:

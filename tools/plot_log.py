@@ -3,8 +3,8 @@
     python tools/plot_log.py work_dirs/quickstart
     python tools/plot_log.py work_dirs/a work_dirs/b --metrics coco/bbox_mAP --out compared.png
 
-(The analyze_logs.py of MMDetection and MMSegmentation draw one of the two at a time, and most
-releases want seaborn for it.)
+The libraries' own analyze_logs.py draw such curves as well, from one file and on one pair of axes;
+docs/training.md says where they do not run.
 """
 
 from __future__ import annotations

@@ -21,18 +21,20 @@ from rich.table import Table
 
 from mmsvit.html_report import HtmlReport
 from mmsvit.training_curves import choose_metrics, draw_curves, read_curves
+from mmsvit.visualization import Sheet, fit
 
 CONFIG = 'configs/svit_maskrcnn_shapes.py'
 DATA = Path('data/shapes')
 WORK_DIR = Path('work_dirs/quickstart')
 NUM_PICTURES = 4
-TILE, GAPS = 300, ((0, 6), (0, 6), (0, 0))  # pixels
+TILE, GAP, HEADING = 240, 6, 26  # pixels
+COLUMNS = ('truth', 'prediction', 'super tokens of stage 1', 'their mean colours', 'attention')
 SCORES = ('', 'AP', 'AP50', 'AP75')
 
 console = Console()
 
 
-def run(title: str, *arguments: str | Path) -> float:
+def run(title: str, *arguments: str | int | Path) -> float:
     """Run a tool with this Python, its output on the terminal; return the seconds it took."""
     command = ['python', *map(str, arguments)]
     console.rule(title)
@@ -67,14 +69,18 @@ def latest_metrics(folder: Path) -> dict[str, float]:
 
 def contact_sheet(images: list[Path], predictions: Path, super_tokens: Path) -> np.ndarray:
     """Truth, prediction, and stage 1's super tokens and attention: a row for each image, RGB."""
-    rows = []
-    for image in images:
+    step = TILE + GAP
+    sheet = Sheet(len(COLUMNS) * step - GAP, HEADING + len(images) * step - GAP)
+    for i, name in enumerate(COLUMNS):
+        sheet.text(name, i * step, HEADING // 2, 10)
+    for row, image in enumerate(images):
         tiles = np.hsplit(cv2.imread(str(predictions / image.name)), 2)
         for name in ('borders', 'colours', 'attention'):
             tiles.append(cv2.imread(str(super_tokens / f'{image.stem}_stage1_{name}.png')))
-        tiles = [cv2.resize(tile, (TILE, TILE), interpolation=cv2.INTER_AREA) for tile in tiles]
-        rows.append(np.hstack([np.pad(tile, GAPS, constant_values=255) for tile in tiles]))
-    return cv2.cvtColor(np.vstack(rows), cv2.COLOR_BGR2RGB)
+        for i, tile in enumerate(tiles):
+            tile = cv2.cvtColor(fit(tile, TILE), cv2.COLOR_BGR2RGB)
+            sheet.picture(tile, i * step, HEADING + row * step)
+    return sheet.render()
 
 
 def write_report(file: Path, scores: list[list[str]], sheet: np.ndarray, checkpoint: Path) -> None:
@@ -93,8 +99,7 @@ def write_report(file: Path, scores: list[list[str]], sheet: np.ndarray, checkpo
     report.heading('Predictions and super tokens')
     report.picture(
         sheet,
-        'From left to right: the truth, the prediction, the super tokens of stage 1, their mean '
-        'colours, and where attention looks from the ring (bright: more).',
+        'Attention: where stage 1 looks from the ring (bright: more).',
     )
     report.heading('Your own picture')
     report.code(
@@ -134,7 +139,7 @@ def main() -> None:
     seconds['super tokens'] = run(
         '4/4 Super tokens',
         *('tools/visualize_super_tokens.py', *images, '--config', CONFIG),
-        *('--checkpoint', checkpoint, '--out-dir', super_tokens),
+        *('--checkpoint', checkpoint, '--out-dir', super_tokens, '--size', TILE),
     )
 
     metrics = latest_metrics(WORK_DIR / 'test')
@@ -143,6 +148,11 @@ def main() -> None:
         for name, kind in (('box', 'bbox'), ('mask', 'segm'))
     ]
     sheet = contact_sheet(images, predictions, super_tokens)
+    cv2.imwrite(
+        str(WORK_DIR / 'pictures.jpg'),
+        cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR),
+        [cv2.IMWRITE_JPEG_QUALITY, 85],
+    )
     report = WORK_DIR / 'report.html'
     write_report(report, scores, sheet, checkpoint)
     table = Table(title='AP on the validation images, which training has not seen')

@@ -7,12 +7,14 @@ r"""Draw the super tokens of images: a sheet for each image, and each picture of
 
 For each stage with super tokens: their borders, their mean colours, and where attention looks
 from a point. The images go through the test pipeline of the config, and are drawn as the
-network sees them.
+network sees them. Of photo.jpg the sheet is photo_sheet.png, and pictures have names such as
+photo_stage1_borders.png. Subfolders that a pattern goes into are there in --out-dir, too.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -32,6 +34,9 @@ from mmsvit.visualization import (
     draw_super_tokens,
     super_token_sheet,
 )
+
+KINDS = ('borders', 'colours', 'attention')
+STAGES = (1, 2, 3, 4)
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,33 +76,61 @@ def parse_args() -> argparse.Namespace:
         'one super token that it belongs to most',
     )
     parser.add_argument('--head', type=int, help='one head, from 1; by default their mean')
+    parser.add_argument(
+        '--size',
+        type=int,
+        help='pixels of the longer side of each picture beside the sheet; by default those of the '
+        f'image, at least {SMALLEST_PICTURE}',
+    )
     parser.add_argument('--out-dir', type=Path, default=Path('super_tokens'))
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     add_trust_option(parser)
     args = parser.parse_args()
-    for name in ('block', 'head'):
+    for name in ('block', 'head', 'size'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f'--{name} counts from 1')
+            parser.error(f'--{name} must be 1 or more')
     try:
         args.images = find_images(args.images)
         head = None if args.head is None else args.head - 1
         args.point = AttentionPoint(*args.point, args.of, head)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    if len({path.stem for path in args.images}) < len(args.images):
-        parser.error('two images have the same name, and so would their pictures')
+    problem = overwriting(args.images, args.out_dir)
+    if problem:
+        parser.error(problem)
     if args.checkpoint is not None and not Path(args.checkpoint).is_file():
         parser.error(f'no such checkpoint: {args.checkpoint}')
     return args
 
 
-def check_images(paths: list[Path]) -> None:
+def picture_file(out_dir: Path, image: Path, kind: str) -> Path:
+    """Where a picture of an image goes, whose path is relative to the folder it was found in."""
+    return out_dir / image.with_name(f'{image.stem}_{kind}.png')
+
+
+def overwriting(images: dict[Path, Path], out_dir: Path) -> str | None:
+    """What would be lost if pictures of these images were written, for people to read."""
+    inputs = {path.resolve() for path in images}
+    kinds = ['sheet', *(f'stage{stage}_{kind}' for stage in STAGES for kind in KINDS)]
+    written: dict[Path, Path] = {}
+    for path, relative in images.items():
+        for kind in kinds:
+            file = picture_file(out_dir, relative, kind).resolve()
+            if file in inputs:
+                return f'{file}, a picture of {path}, is one of the images; name another --out-dir'
+            if file in written:
+                return f'{written[file]} and {path} have the same name, and so would their pictures'
+            written[file] = path
+    return None
+
+
+def check_images(paths: Iterable[Path]) -> None:
     """Refuse what is no image before anything is drawn."""
     for path in paths:
         try:
             with Image.open(path) as image:
                 image.verify()
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise SystemExit(f'{path} is not an image that can be read: {error}') from error
 
 
@@ -113,25 +146,23 @@ def build(args: argparse.Namespace) -> ImageModel:
     return model
 
 
-def draw(path: Path, model: ImageModel, args: argparse.Namespace) -> None:
-    """Write the pictures of one image."""
+def draw(path: Path, relative: Path, model: ImageModel, args: argparse.Namespace) -> None:
+    """Write the pictures of one image, whose relative path they get."""
     stages = None if args.stage is None else [stage - 1 for stage in args.stage]
     block = -1 if args.block is None else args.block - 1
     image, maps = model.super_tokens(model.prepare(path), stages, block)
-    if not maps:
-        raise ValueError('no stage of this backbone samples super tokens; name one with --stage')
     weights = Path(args.checkpoint).name if args.checkpoint else 'random, nothing was trained'
     note = f'{image.shape[1]}x{image.shape[0]} pixels. Config: {Path(args.config).name}. Weights: '
-    pictures = {'': super_token_sheet(image, maps, args.point, path.name, note + weights)}
-    longer_side = max(SMALLEST_PICTURE, *image.shape[:2])
+    pictures = {'sheet': super_token_sheet(image, maps, args.point, path.name, note + weights)}
+    longer_side = args.size or max(SMALLEST_PICTURE, *image.shape[:2])
     for stage_map in maps:
         borders, colours = draw_super_tokens(image, stage_map, longer_side)
         attention, _ = draw_attention_from(image, stage_map, args.point, longer_side)
-        named = dict(borders=borders, colours=colours, attention=attention)
-        for name, picture in named.items():
-            pictures[f'_stage{stage_map.stage + 1}_{name}'] = picture
-    for suffix, picture in pictures.items():
-        file = args.out_dir / f'{path.stem}{suffix}.png'
+        for kind, picture in zip(KINDS, (borders, colours, attention)):
+            pictures[f'stage{stage_map.stage + 1}_{kind}'] = picture
+    for kind, picture in pictures.items():
+        file = picture_file(args.out_dir, relative, kind)
+        file.parent.mkdir(parents=True, exist_ok=True)
         if not cv2.imwrite(str(file), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
             raise OSError(f'cannot write {file}')
 
@@ -142,10 +173,9 @@ def main() -> None:
         trust_checkpoints()
     check_images(args.images)
     model = build(args)
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    for path in track(args.images, description='super tokens'):
+    for path, relative in track(args.images.items(), 'super tokens', len(args.images)):
         try:
-            draw(path, model, args)
+            draw(path, relative, model, args)
         except ValueError as error:
             raise SystemExit(f'{path}: {error}') from error
     print(f'wrote the sheets and pictures of {len(args.images)} images to {args.out_dir}/')
