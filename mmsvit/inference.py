@@ -203,7 +203,6 @@ class ImageModel:
 
         found, counts = ids.unique(return_counts=True)
         labels = found % INSTANCE_OFFSET
-        known = labels < len(
-            self.dataset_meta.get('classes') or ()
-        )  # Behind them comes what is nothing.
+        # Behind the classes comes what is nothing.
+        known = labels < len(self.dataset_meta.get('classes') or ())
         return labels[known], counts[known] / ids.numel()

@@ -73,6 +73,17 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def try_writing(folder: str | Path) -> None:
+    """Make a folder if need be, and write a file into it that is gone afterwards.
+
+    Raises:
+        OSError: It cannot be done.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b'\0' * 4096)
+
+
 def check_writable(folder: str | Path) -> None:
     """Refuse a work folder that cannot be written to.
 
@@ -80,9 +91,7 @@ def check_writable(folder: str | Path) -> None:
         OSError: It cannot; the message says why.
     """
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b'\0' * 4096)
+        try_writing(folder)
     except OSError as error:
         raise OSError(
             error.errno,

@@ -14,8 +14,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
 
 import torch
 from mmengine.logging import print_log
@@ -331,10 +329,6 @@ def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(num_batches_tracked)
 
 
-def _contexts_of_both_passes(block: nn.Module) -> tuple[AbstractContextManager, ...]:
-    return contextlib.nullcontext(), _frozen_running_statistics(block)
-
-
 class Stage(nn.Module):
     """Blocks at one resolution, then the down-sampling to the next stage where there is one.
 
@@ -360,8 +354,15 @@ class Stage(nn.Module):
             elif torch.compiler.is_compiling():  # What it computes again counts no batch.
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                contexts = partial(_contexts_of_both_passes, block)
-                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+                x = checkpoint(
+                    block,
+                    x,
+                    use_reentrant=False,
+                    context_fn=lambda b=block: (
+                        contextlib.nullcontext(),
+                        _frozen_running_statistics(b),
+                    ),
+                )
         return x
 
 

@@ -25,7 +25,6 @@ import math
 import re
 import shlex
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +42,7 @@ from mmsvit.benchmarking.environment import describe_environment
 from mmsvit.benchmarking.measure import COPY, MIN_ROUNDS, Settings, measure_case
 from mmsvit.benchmarking.report import Report, list_files, terminal_table
 from mmsvit.benchmarking.workloads import DTYPES, MODES, Case
+from mmsvit.safe_checkpoint import try_writing
 
 SCALING_SIDES = (224, 320, 448, 640, 800, 1024, 1280, 1600)
 MIN_SIDE = 32
@@ -92,11 +92,9 @@ def output_path(text: str) -> Path:
     return path
 
 
-def check_writable(files: list[Path]) -> None:
+def check_output(files: list[Path]) -> None:
     """Make their folder, and raise OSError if they cannot be written there."""
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=files[0].parent):
-        pass
+    try_writing(files[0].parent)
     for file in files:
         if file.exists():
             file.open('a').close()
@@ -181,7 +179,7 @@ def parse_args() -> argparse.Namespace:
         args.shapes = [(s, s) for s in SCALING_SIDES] if args.scaling else [(800, 1344)]
     if args.out is not None:
         try:
-            check_writable(list_files(args.out, args.scaling))
+            check_output(list_files(args.out, args.scaling))
         except OSError as error:
             parser.error(f'--out {args.out}: cannot write there: {error}')
     if args.device == 'cuda':

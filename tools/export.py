@@ -118,7 +118,12 @@ def main() -> None:
         if args.checkpoint is None:
             print('no --checkpoint: what init_cfg does not load is exported untrained')
         checks = export(
-            *(model, args.output, args.format, args.shape, args.check_shapes, args.tolerance),
+            model,
+            args.output,
+            args.format,
+            args.shape,
+            args.check_shapes,
+            args.tolerance,
             normalised=args.no_normalize,
         )
     except (ExportError, FileNotFoundError, ImportError, RuntimeError, ValueError) as error:

@@ -17,6 +17,14 @@ def _wants_plain_operations() -> bool:
     )
 
 
+def _check_map(tensor: Tensor, name: str, shape: str) -> None:
+    if tensor.ndim != 4 or not tensor.is_floating_point():
+        raise ValueError(
+            f'{name} must be floating point of shape {shape}, found {tensor.dtype} of shape '
+            f'{tuple(tensor.shape)}'
+        )
+
+
 def sample(
     tokens: Tensor, cell_size: tuple[int, int], num_iters: int = 1, backend: str = 'auto'
 ) -> tuple[Tensor, Tensor]:
@@ -48,11 +56,7 @@ def sample(
         ValueError: An argument is not as described, or no such backend.
         RuntimeError: The backend was asked for by name and cannot run here.
     """
-    if tokens.ndim != 4 or not tokens.is_floating_point():
-        raise ValueError(
-            f'tokens must be floating point of shape (N, H, W, C), found {tokens.dtype} of shape '
-            f'{tuple(tokens.shape)}'
-        )
+    _check_map(tokens, 'tokens', '(N, H, W, C)')
     if len(cell_size) != 2 or min(cell_size) < 1 or num_iters < 1:
         raise ValueError(
             'cell_size must be two whole numbers of 1 or more and num_iters 1 or more, found '
@@ -89,11 +93,7 @@ def distribute(
             backend.
         RuntimeError: The backend was asked for by name and cannot run here.
     """
-    if super_tokens.ndim != 4 or not super_tokens.is_floating_point():
-        raise ValueError(
-            'super tokens must be floating point of shape (N, Gh, Gw, C), found '
-            f'{super_tokens.dtype} of shape {tuple(super_tokens.shape)}'
-        )
+    _check_map(super_tokens, 'super tokens', '(N, Gh, Gw, C)')
     if association.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f'the association must be float32 or float64, as sample gives it, found {association.dtype}'
