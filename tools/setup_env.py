@@ -24,11 +24,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = {'onedl': 'requirements.txt', 'openmmlab': 'requirements-openmmlab.txt'}
-# What the requirements bring along, each in one version: tools/lock_requirements.py.
+# Every package that the requirements bring along, in one version; see CONTRIBUTING.md.
 CONSTRAINTS = {family: f'constraints-{family}.txt' for family in REQUIREMENTS}
 DEV_REQUIREMENTS = 'requirements-dev.txt'
 MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 12)
-# An environment with torch's CUDA libraries is 5.6 GB; pip unpacks beside it.
+# An environment with torch's CUDA libraries takes 5.6 GB; pip unpacks beside it.
 NEEDED_GB = 9
 
 
@@ -37,47 +37,28 @@ class SetupError(Exception):
 
 
 def say(text: str) -> None:
-    """Tell the user."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run(command: list[str]) -> None:
     """Run a command, its output on our standard error."""
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    subprocess.run(command, check=True, stdout=sys.stderr, cwd=ROOT)
 
 
 def install(python: Path, *arguments: str) -> None:
-    """Run pip install, and say in plain words why it failed where that can be told."""
-    command = [str(python), '-m', 'pip', 'install', '--disable-pip-version-check', *arguments]
-    process = subprocess.Popen(
-        command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    errors = []
-    for line in process.stderr:
-        errors.append(line)
-        sys.stderr.write(line)
-    if process.wait() != 0:
-        raise SetupError(explain_pip_failure(''.join(errors)))
+    """Run pip install.
 
-
-def explain_pip_failure(output: str) -> str:
-    """What to do about a failed pip install, from its error output."""
-    if re.search(r'No space left|Errno 28', output):
-        return f'the disk is full: about {NEEDED_GB} GB are needed, TMPDIR included'
-    if re.search(
-        r'Temporary failure in name|NewConnectionError|Connection (refused|reset)', output
-    ):
-        return 'no network: the package index cannot be reached. Check the proxy (HTTPS_PROXY, pip config)'
-    if re.search(r'No matching distribution|Could not find a version', output):
-        return (
-            f'a pinned package is not there for Python {sys.version_info[0]}.{sys.version_info[1]} '
-            'on this system, or there is no network; Python 3.11 on x86-64 Linux is what is tested'
-        )
-    return 'pip failed, see above'
+    Raises:
+        SetupError: It failed; pip has said why.
+    """
+    try:
+        run([str(python), '-m', 'pip', 'install', '--disable-pip-version-check', *arguments])
+    except subprocess.CalledProcessError as error:
+        raise SetupError('pip failed, see above; docs/install.md lists known causes') from error
 
 
 def check_python() -> None:
-    """Refuse a Python that cannot make the environment.
+    """Refuse a Python that cannot create the environment.
 
     Raises:
         SetupError: It is too old or too new, or cannot make virtual environments.
@@ -96,7 +77,7 @@ def check_python() -> None:
 
 
 def check_disk(folder: Path) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Refuse to start if the disk is too full.
 
     Raises:
         SetupError: Less than :data:`NEEDED_GB` are free.
@@ -106,11 +87,15 @@ def check_disk(folder: Path) -> None:
         raise SetupError(f'{free:.1f} GB are free in {folder}, about {NEEDED_GB} GB are needed')
 
 
+def run_code(python: Path, code: str) -> subprocess.CompletedProcess:
+    """Run Python code with this checkout's mmsvit."""
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    return subprocess.run([str(python), '-c', code], env=env, capture_output=True, text=True)
+
+
 def works(python: Path) -> bool:
     """Whether mmsvit's own check passes in an environment."""
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
-    command = [str(python), '-m', 'mmsvit.check_env']
-    return subprocess.run(command, env=env, capture_output=True).returncode == 0
+    return run_code(python, 'from mmsvit import check_env; check_env.main()').returncode == 0
 
 
 def working_environment(family: str | None) -> tuple[Path, str] | None:
@@ -124,9 +109,7 @@ def working_environment(family: str | None) -> tuple[Path, str] | None:
     if not python.is_file():
         return None
     code = 'from mmsvit.check_env import installed_families as f; print(*f())'
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
-    result = subprocess.run([str(python), '-c', code], env=env, capture_output=True, text=True)
-    installed = result.stdout.split()
+    installed = run_code(python, code).stdout.split()
     if len(installed) != 1 or family not in (None, *installed) or not works(python):
         return None
     return python, installed[0]
@@ -150,7 +133,7 @@ def describe_torch(python: Path) -> dict:
         'for i in range(torch.cuda.device_count())}), '
         'python="cp%d%d" % sys.version_info[:2], machine=platform.machine())))'
     )
-    result = subprocess.run([str(python), '-c', code], capture_output=True, text=True)
+    result = run_code(python, code)
     if result.returncode != 0:
         raise SetupError(f'torch does not import:\n{result.stderr}')
     return json.loads(result.stdout)
@@ -172,7 +155,7 @@ def obstacle_to_build(torch: dict, with_cuda: bool) -> str | None:
     if with_cuda and torch['cuda_home'] is None:
         return (
             f"there is a GPU, but no CUDA toolkit (nvcc) to build mmcv's ops for it: install CUDA "
-            f'{torch["cuda"]}, set CUDA_HOME, or set FORCE_CUDA=0 to go on without the GPU'
+            f'{torch["cuda"]}, set CUDA_HOME, or set FORCE_CUDA=0 to continue without the GPU'
         )
     return None
 
@@ -230,19 +213,20 @@ def build_mmcv(python: Path, mmcv: str, folder: Path, torch: dict, with_cuda: bo
 def try_nms(
     python: Path, distribution: str, version: str, device: str, compiled: bool
 ) -> subprocess.CompletedProcess:
-    """Call mmcv's nms, its own or the stand-in's, in an environment that must have this release.
+    """Call mmcv's nms in an environment that must have this release.
 
-    Fails where mmcv has no ops of its own and ``compiled`` ones are wanted, or the other way.
+    Fails where mmcv has no ops of its own and ``compiled`` ones are wanted, or the other way. The
+    compiled ones are tried without mmsvit.
     """
     code = (
-        'import mmsvit, torch, mmcv.ops; from importlib.metadata import version; '
+        f'import {"" if compiled else "mmsvit, "}torch, mmcv.ops; '
+        'from importlib.metadata import version; '
         f'boxes = torch.tensor([[0.0, 0, 1, 1]], device={device!r}); '
         'mmcv.ops.nms(boxes, boxes[:, 2], 0.5); '
         f'assert version({distribution!r}) == {version!r}; '
-        f'from mmsvit.mmcv_ext import is_stand_in; assert is_stand_in() is {not compiled}'
+        f'assert mmcv._ext.__file__.endswith("torchvision_ops.py") is {not compiled}'
     )
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.run([str(python), '-c', code], env=env, capture_output=True, text=True)
+    return run_code(python, code)
 
 
 def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
