@@ -141,6 +141,16 @@ def _version(module: str) -> Callable[[], str]:
     return lambda: importlib.import_module(module).__version__
 
 
+def _check_mmengine() -> str:
+    """Also compare its private parts with those that mmsvit relies on."""
+    import mmengine
+
+    from mmsvit.compat.mmengine_private import check_mmengine
+
+    check_mmengine()
+    return mmengine.__version__
+
+
 def _check_torch() -> str:
     import torch
 
@@ -185,7 +195,7 @@ def _check_ops() -> str:
         pooled = roi_align(torch.ones(1, 1, 8, 8, device=device), rois, 2)
         if len(kept) != 1 or not torch.allclose(pooled, torch.ones_like(pooled)):
             raise RuntimeError(f"mmcv's ops give wrong results on {device}")
-    from mmsvit.mmcv_ext import is_stand_in
+    from mmsvit.compat.mmcv_ext import is_stand_in
 
     whose = "torchvision's in place of compiled ones" if is_stand_in() else 'compiled'
     return f'{whose}: nms and roi_align work on {" and ".join(devices)}'
@@ -224,7 +234,7 @@ def check() -> Report:
     report.run('numpy', _version('numpy'))
     report.run('opencv', _version('cv2'))
     _check_families(report)
-    report.run('mmengine', _version('mmengine'))
+    report.run('mmengine', _check_mmengine)
     report.run('mmcv', _version('mmcv'))
     report.run('mmcv ops', _check_ops)
     report.run('mmdet', _version('mmdet'))

@@ -1,4 +1,4 @@
-"""What the tools share: options, the way in, to a config, and the way out."""
+"""What the tools share: options, reading a config, starting and ending a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,8 +15,12 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import get_backend, is_distributed
 from mmengine.hooks import CheckpointHook
 
-from .checkpoint import trust_checkpoints
-from .data_check import check_data
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the docstring of a tool as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
@@ -67,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def _find_sync_bn(node: object, key: str) -> Iterator[str]:
+def _find_sync_bn(node: dict | list | tuple, key: str) -> Iterator[str]:
     """The keys of a config under which a batch norm is one that processes share."""
-    parts = node.items() if isinstance(node, dict) else enumerate(node)
+    parts: Iterable = node.items() if isinstance(node, dict) else enumerate(node)
     for name, value in parts:
         if name == 'type' and 'SyncB' in str(value):
             yield f'{key}.type'
@@ -93,42 +97,46 @@ def check_sync_bn(cfg: Config) -> None:
         )
 
 
-def load_config(args: argparse.Namespace, splits: tuple[str, ...]) -> Config:
-    """Read the config of ``args``, apply the options, and check that its data is there.
-
-    Also prepares a distributed run without GPUs, for which MMEngine's own start-up and
-    model wrapper insist on CUDA devices. From here on MMEngine reads checkpoints, those that
-    it finds or is told to, by :func:`mmsvit.checkpoint.read_checkpoint`.
-
-    Args:
-        args: With ``config`` and the options of :func:`add_arguments`.
-        splits: Which data the run needs, out of ``'train'``, ``'val'``, ``'test'``.
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config of ``args``, with the options of :func:`add_arguments` written into it.
 
     Raises:
-        FileNotFoundError: The config or data it names does not exist.
-        ValueError: The data does not have the classes of the config, or SyncBN cannot be trained.
+        FileNotFoundError: There is no such config.
     """
-    if args.trust_checkpoint:
-        trust_checkpoints()
     cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
-    check_data(cfg, splits)
-
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if args.launcher == 'pytorch' and not torch.cuda.is_available():
-        if 'train' in splits:
-            check_sync_bn(cfg)
-        torch.distributed.init_process_group('gloo')
-        cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel'))
-        cfg.model_wrapper_cfg.device_ids = None
-        cfg.model_wrapper_cfg.setdefault(
-            'find_unused_parameters', cfg.get('find_unused_parameters', False)
-        )
     return cfg
+
+
+def start_processes(cfg: Config, local_rank: int, trains: bool) -> None:
+    """Join the other processes of a distributed run without GPUs.
+
+    MMEngine's own start-up and model wrapper insist on CUDA devices. With GPUs, or in a single
+    process, MMEngine does it by itself.
+
+    Args:
+        cfg: From :func:`load_config`; the model wrapper is set for CPUs.
+        local_rank: The rank on this machine, unless the environment has it.
+        trains: Whether the model is trained.
+
+    Raises:
+        ValueError: The model has SyncBN, which cannot be trained without GPUs.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))
+    if cfg.launcher != 'pytorch' or torch.cuda.is_available():
+        return
+    if trains:
+        check_sync_bn(cfg)
+    torch.distributed.init_process_group('gloo')
+    cfg.setdefault('model_wrapper_cfg', dict(type='MMDistributedDataParallel'))
+    cfg.model_wrapper_cfg.device_ids = None
+    cfg.model_wrapper_cfg.setdefault(
+        'find_unused_parameters', cfg.get('find_unused_parameters', False)
+    )
 
 
 def add_hook(cfg: Config, hook: dict) -> None:
@@ -164,7 +172,7 @@ def add_guards(cfg: Config) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run the main function of a tool, and leave its process group in order.
+    """Run the main function of a tool, then close its process group.
 
     Threads of a gloo group that the interpreter does not outlive abort the process when it ends, and
     a run that has finished is reported as failed, an error as a crash. They go with the last that

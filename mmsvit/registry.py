@@ -13,27 +13,17 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmsvit',
-    locations=['mmsvit.svit', 'mmsvit.projection_pooling'],
+    locations=['mmsvit.models.svit', 'mmsvit.models.projection_pooling'],
 )
 HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='mmsvit',
-    locations=[
-        'mmsvit.data_check',
-        'mmsvit.strict_checkpoint',
-        'mmsvit.deploy',
-        'mmsvit.safe_checkpoint',
-        'mmsvit.exact_resume',
-        'mmsvit.stop_signal',
-        'mmsvit.non_finite',
-        'mmsvit.bad_samples',
-        'mmsvit.visualization_hook',
-    ],
+    locations=['mmsvit.engine.hooks'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='mmsvit',
-    locations=['mmsvit.layer_decay'],
+    locations=['mmsvit.engine.layer_decay'],
 )

@@ -18,14 +18,14 @@ from types import ModuleType
 import pytest
 import torch
 
-import mmsvit  # noqa: F401  (before any test imports MMDetection: see mmsvit/mmcv_ext.py)
+import mmsvit  # noqa: F401  (before any test imports MMDetection: see mmsvit/compat/mmcv_ext.py)
 
 if torch.cuda.is_available():
-    OPS_PLACES = [('torch', 'cpu'), ('torch', 'cuda'), ('triton', 'cuda')]
+    OPS_PLACES = [('torch', 'cpu'), ('cpu', 'cpu'), ('torch', 'cuda'), ('triton', 'cuda')]
 else:
     # Triton's interpreter runs the kernels on the CPU if it is told so before its import.
     os.environ['TRITON_INTERPRET'] = '1'
-    OPS_PLACES = [('torch', 'cpu'), ('triton', 'cpu')]
+    OPS_PLACES = [('torch', 'cpu'), ('cpu', 'cpu'), ('triton', 'cpu')]
 if importlib.util.find_spec('triton') is None:
     OPS_PLACES.remove(OPS_PLACES[-1])
 
@@ -35,7 +35,7 @@ ON_DEMAND = ('all_configs', 'stress', 'peers')
 # How reasons to skip say that something is not installed.
 MISSING = 'could not import|not installed|not on the PATH'
 GOLDEN = Path(__file__).resolve().parent / 'golden'
-FIGURES = ROOT / 'docs' / 'stress.md'  # Ends in a table.
+FIGURES = ROOT / 'work_dirs' / 'stress.md'  # Rows for the table of docs/stress.md.
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -145,7 +145,7 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Print figures of a stress test and add them to docs/stress.md."""
+    """Print figures of a stress test, and add them to a table in the work folder."""
 
     def write(figures: str) -> None:
         threads = torch.get_num_threads()
@@ -153,6 +153,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[str], None]:
         name = request.node.name.removeprefix('test_').replace('_', ' ')
         line = f'| {datetime.date.today()} | {name} | {figures} | {machine} |\n'
         print(line)
+        FIGURES.parent.mkdir(exist_ok=True)
         with FIGURES.open('a') as table:
             table.write(line)
 

@@ -498,11 +498,11 @@ def sources() -> str:
 @pytest.mark.parametrize('asked', ['not slow', 'stress'])
 def test_what_runs_on_demand_runs_on_demand_alone(asked):
     """Whatever else ``-m`` selects."""
-    files = ['tests/stress', 'tests/peers/test_mmseg_suite.py', 'tests/test_layer_decay.py']
+    files = ['tests/stress', 'tests/peers/test_mmseg_suite.py', 'tests/engine/test_layer_decay.py']
     result = run_python('-m', 'pytest', '--collect-only', '-q', '-m', asked, *files)
     found = {line.split('::')[0] for line in result.stdout.splitlines() if '::' in line}
     stress = {str(path.relative_to(ROOT)) for path in ROOT.glob('tests/stress/test_*.py')}
-    assert found == (stress if asked == 'stress' else {'tests/test_layer_decay.py'})
+    assert found == (stress if asked == 'stress' else {'tests/engine/test_layer_decay.py'})
 
 
 def test_error_texts_are_those_that_appear():

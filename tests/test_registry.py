@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from conftest import run_python
 
-from mmsvit.mmcv_ext import is_stand_in
+from mmsvit.compat.mmcv_ext import is_stand_in
 
 BUILD = """
 from mmengine.registry import init_default_scope
 from {library}.registry import MODELS
 init_default_scope('{scope}')
 backbone = MODELS.build(dict(type='mmsvit.SViT', arch='small', out_indices=(0,)))
-assert type(backbone).__module__ == 'mmsvit.svit', type(backbone)
+assert type(backbone).__module__ == 'mmsvit.models.svit', type(backbone)
 """
 
 

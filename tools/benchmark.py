@@ -15,7 +15,7 @@ svit-s:16-8-2-1+deploy+compile. Names: {models}. Flags:
 
 Every case (what, shape, dtype) is measured in rounds. In a round each candidate runs once, and
 rounds begin with another candidate each time. A candidate that fails is reported so, and the
-others go on. How to read the results: docs/benchmarks/README.md.
+others continue. How to read the results: docs/benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mmsvit.benchmarking.environment import describe_environment
 from mmsvit.benchmarking.measure import COPY, MIN_ROUNDS, Settings, measure_case
 from mmsvit.benchmarking.report import Report, list_files, terminal_table
 from mmsvit.benchmarking.workloads import DTYPES, MODES, Case
-from mmsvit.safe_checkpoint import try_writing
+from mmsvit.checkpoint.files import try_writing
 
 SCALING_SIDES = (224, 320, 448, 640, 800, 1024, 1280, 1600)
 MIN_SIDE = 32

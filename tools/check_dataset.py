@@ -15,14 +15,12 @@ import argparse
 from mmengine.runner import set_random_seed
 from rich.console import Console
 
-from mmsvit.cli import add_config_options, read_config
-from mmsvit.dataset_inspection import inspect_data
+from mmsvit.cli import add_config_options, make_parser, read_config
+from mmsvit.datasets.inspection import inspect_data
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument('config', help='config file; it is code, so only one that you trust')
     splits = ('train', 'val', 'test')
     parser.add_argument('--splits', nargs='+', choices=splits, default=splits)

@@ -22,13 +22,11 @@ from mmsvit.checkpoint import (
     save_weights,
     trust_checkpoints,
 )
-from mmsvit.cli import add_trust_option
+from mmsvit.cli import add_trust_option, make_parser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument('src', type=Path, help='checkpoint to read')
     parser.add_argument('dst', type=Path, help='file to write, .pth or .safetensors')
     what = parser.add_mutually_exclusive_group()

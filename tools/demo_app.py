@@ -18,16 +18,14 @@ from types import FrameType
 import torch
 from mmengine.config import Config
 
+from mmsvit.apis.demo import Demo
+from mmsvit.apis.inference import ImageModel
 from mmsvit.checkpoint import trust_checkpoints
-from mmsvit.cli import add_trust_option
-from mmsvit.demo import Demo
-from mmsvit.inference import ImageModel
+from mmsvit.cli import add_trust_option, make_parser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         '--config', required=True, help='config file; it is code, so only one that you trust'
     )
@@ -61,7 +59,7 @@ def main() -> None:
     if args.trust_checkpoint:
         trust_checkpoints()
     try:
-        from mmsvit.demo_page import serve  # gradio is an extra.
+        from mmsvit.apis.demo_page import serve  # gradio is an extra.
 
         model = ImageModel(Config.fromfile(args.config), args.device)
         model.load(args.checkpoint)

@@ -18,15 +18,12 @@ from rich import print as rich_print
 from rich.table import Table
 
 from mmsvit.checkpoint import trust_checkpoints
-from mmsvit.cli import add_config_options, add_trust_option, read_config
-from mmsvit.export import CHECK_SHAPES, FORMATS, Check, ExportError, export
-from mmsvit.exportable import PARTS, build_exportable
+from mmsvit.cli import add_config_options, add_trust_option, make_parser, read_config
+from mmsvit.export import CHECK_SHAPES, FORMATS, PARTS, Check, ExportError, build_exportable, export
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument('config', type=Path, help='config file')
     parser.add_argument(
         '--checkpoint',

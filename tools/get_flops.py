@@ -22,8 +22,13 @@ from rich import print as rich_print
 from rich.progress import track
 from rich.table import Table
 
-from mmsvit.cli import add_config_options, read_config
-from mmsvit.config_complexity import ConfigFigures, MetafileEntry, count_config, read_metafile
+from mmsvit.analysis.config_flops import (
+    ConfigFlopCounts,
+    MetafileEntry,
+    count_config,
+    read_metafile,
+)
+from mmsvit.cli import add_config_options, make_parser, read_config
 
 EXPLANATION = """\
 FLOPs are multiply-adds of inference on one image (height x width), in two ways. *Layers* are
@@ -49,9 +54,7 @@ ZOO = re.compile(f'{ZOO_BEGIN}.*{ZOO_END}', re.DOTALL)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument('configs', nargs='+', type=Path, help='config files or metafiles')
     parser.add_argument(
         '--shape',
@@ -91,11 +94,11 @@ def billions(number: float) -> str:
     return f'{number / 1e9:.2f}'
 
 
-def not_counted(figures: ConfigFigures) -> str:
+def not_counted(figures: ConfigFlopCounts) -> str:
     return ', '.join(f'{name} ({times} times)' for name, times in figures.uncounted.items())
 
 
-def terminal_table(config: Path, figures: ConfigFigures) -> Table:
+def terminal_table(config: Path, figures: ConfigFlopCounts) -> Table:
     table = Table(
         'part',
         title=f'{config}\n{figures.workload}',
@@ -119,7 +122,7 @@ def difference(number: int, paper: float | None) -> str:
     return '' if paper is None else f' ({100 * (number / paper - 1):+.1f}%)'
 
 
-def markdown_row(entry: MetafileEntry, figures: ConfigFigures) -> str:
+def markdown_row(entry: MetafileEntry, figures: ConfigFlopCounts) -> str:
     model, backbone = figures.model, figures.backbone
     cells = (
         entry.config.stem,
@@ -136,7 +139,7 @@ def markdown_row(entry: MetafileEntry, figures: ConfigFigures) -> str:
     return f'| {" | ".join(cells)} |'
 
 
-def markdown_page(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
+def markdown_page(results: list[tuple[MetafileEntry, ConfigFlopCounts]]) -> str:
     lines = [
         '# Parameters and FLOPs\n',
         f'Written by `{shlex.join(["python", "tools/get_flops.py", *sys.argv[1:]])}`.\n',
@@ -154,7 +157,7 @@ def markdown_page(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
     return '\n'.join(lines)
 
 
-def zoo_tables(results: list[tuple[MetafileEntry, ConfigFigures]]) -> str:
+def zoo_tables(results: list[tuple[MetafileEntry, ConfigFlopCounts]]) -> str:
     """A table of the configs of each metafile, with their results beside the paper's."""
     collections: dict[str, list] = {}
     for entry, figures in results:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmsvit.training_curves import choose_metrics, draw_curves, read_curves
+from mmsvit.visualization.training_curves import choose_metrics, draw_curves, read_curves
 
 
 def parse_args() -> argparse.Namespace:

@@ -19,9 +19,9 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from mmsvit.html_report import HtmlReport
-from mmsvit.training_curves import choose_metrics, draw_curves, read_curves
-from mmsvit.visualization import Sheet, fit
+from mmsvit.visualization.drawing import Sheet, fit
+from mmsvit.visualization.html_report import HtmlReport
+from mmsvit.visualization.training_curves import choose_metrics, draw_curves, read_curves
 
 CONFIG = 'configs/svit_maskrcnn_shapes.py'
 DATA = Path('data/shapes')
@@ -128,7 +128,7 @@ def main() -> None:
         (WORK_DIR / 'finished').write_text(settings())
         checkpoint = latest_checkpoint()
     else:
-        console.print(f'2/4 Training: done before, {checkpoint} is there (--retrain trains again)')
+        console.print(f'2/4 Training: skipped, {checkpoint} exists (--retrain trains again)')
     predictions, super_tokens = WORK_DIR / 'predictions', WORK_DIR / 'super_tokens'
     seconds['evaluation'] = run(
         '3/4 Evaluation',

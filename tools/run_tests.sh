@@ -17,4 +17,8 @@ done
 python=$(python3 tools/setup_env.py --dev "${setup_options[@]}")
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m mypy
+"$(dirname "$python")/zizmor" --offline --no-progress --quiet .github
+"$python" -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+"$python" -m check_jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
 exec "$python" -m pytest "$@"

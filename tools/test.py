@@ -12,14 +12,13 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmsvit.checkpoint import read_checkpoint
-from mmsvit.cli import add_arguments, add_hook, load_config, run
+from mmsvit.checkpoint import read_checkpoint, trust_checkpoints
+from mmsvit.cli import add_arguments, add_hook, load_config, make_parser, run, start_processes
+from mmsvit.datasets.quick_checks import check_data
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint of the whole model')
     parser.add_argument('--out', help='write the predictions to this pickle file (.pkl)')
@@ -82,8 +81,12 @@ def dump_into(cfg: Config, file: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args, ('test',))
-    read_checkpoint(args.checkpoint)  # An unsafe or broken file is refused before anything else.
+    if args.trust_checkpoint:
+        trust_checkpoints()
+    cfg = load_config(args)
+    check_data(cfg, ('test',))
+    start_processes(cfg, args.local_rank, trains=False)
+    read_checkpoint(args.checkpoint)  # Refuse an unsafe or corrupt file before anything else.
     if args.show_dir is not None:
         draw_into(cfg, args.show_dir)
     if args.tta:

@@ -12,22 +12,34 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmsvit.checkpoint import SAFETENSORS, read_checkpoint
-from mmsvit.cli import add_arguments, add_guards, add_hook, load_config, run
-from mmsvit.safe_checkpoint import check_writable, newest_whole_checkpoint
+from mmsvit.checkpoint import (
+    SAFETENSORS,
+    newest_valid_checkpoint,
+    read_checkpoint,
+    trust_checkpoints,
+)
+from mmsvit.checkpoint.files import check_writable
+from mmsvit.cli import (
+    add_arguments,
+    add_guards,
+    add_hook,
+    load_config,
+    make_parser,
+    run,
+    start_processes,
+)
+from mmsvit.datasets.quick_checks import check_data
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from this checkpoint, or without a value from the newest whole one in the work '
-        'folder, if there is one',
+        help='resume from this checkpoint, or from the latest valid one in the work folder if no '
+        'checkpoint is named',
     )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (needs a GPU)')
     parser.add_argument(
@@ -60,28 +72,34 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume is not None and args.resume.endswith(SAFETENSORS):
         raise SystemExit(
             f'--resume {args.resume}: a {SAFETENSORS} file holds weights alone, and nothing of the '
-            "optimizer to go on with. Name the run's .pth file, or begin a new run with these "
+            "optimizer. Name the run's .pth file, or start a new run with these "
             f'weights: --cfg-options load_from={args.resume}'
         )
+    found = None
     if args.resume == 'auto' or (
         args.resume is None and cfg.get('resume') and not cfg.get('load_from')
     ):
-        # Without one a new run begins, from the config's load_from: a cluster's first try.
-        found = newest_whole_checkpoint(cfg.work_dir)
+        # MMEngine's FlexibleRunner loads before any hook runs, so it is decided here. Without a
+        # checkpoint a new run begins, from the config's load_from: a cluster's first try.
+        found = newest_valid_checkpoint(cfg.work_dir)
         cfg.resume, cfg.load_from = found is not None, found or cfg.get('load_from')
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
-    if cfg.get('load_from'):
-        read_checkpoint(cfg.load_from)  # An unsafe or broken file is refused before anything else.
+    if cfg.get('load_from') and found is None:
+        read_checkpoint(cfg.load_from)  # Refuse an unsafe or corrupt file before anything else.
     if cfg.get('load_from') or cfg.get('resume'):
         # By default MMEngine only warns where a checkpoint does not fit. Heads may differ in a
-        # run that begins with the weights of another; nothing may in one that goes on.
+        # run that starts from the weights of another; in a resumed run nothing may.
         add_hook(cfg, dict(type='mmsvit.StrictCheckpointHook', backbone_only=not cfg.get('resume')))
 
 
 def main() -> None:
     args = parse_args()
-    cfg = load_config(args, ('train', 'val'))
+    if args.trust_checkpoint:
+        trust_checkpoints()
+    cfg = load_config(args)
+    check_data(cfg, ('train', 'val'))
+    start_processes(cfg, args.local_rank, trains=True)
     check_writable(cfg.work_dir)
     apply_options(cfg, args)
     add_guards(cfg)

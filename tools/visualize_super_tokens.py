@@ -23,11 +23,11 @@ from mmengine.config import Config
 from PIL import Image
 from rich.progress import track
 
+from mmsvit.apis.image_files import find_images
+from mmsvit.apis.inference import ImageModel
 from mmsvit.checkpoint import trust_checkpoints
-from mmsvit.cli import add_trust_option
-from mmsvit.image_files import find_images
-from mmsvit.inference import ImageModel
-from mmsvit.visualization import (
+from mmsvit.cli import add_trust_option, make_parser
+from mmsvit.visualization.drawing import (
     SMALLEST_PICTURE,
     AttentionPoint,
     draw_attention_from,
@@ -40,9 +40,7 @@ STAGES = (1, 2, 3, 4)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument('images', nargs='+', help='image files, folders, patterns in quotes')
     parser.add_argument('--config', required=True, help='config of a model around SViT')
     parser.add_argument(
@@ -109,7 +107,7 @@ def picture_file(out_dir: Path, image: Path, kind: str) -> Path:
 
 
 def overwriting(images: dict[Path, Path], out_dir: Path) -> str | None:
-    """What would be lost if pictures of these images were written, for people to read."""
+    """What would be lost if pictures of these images were written, in words."""
     inputs = {path.resolve() for path in images}
     kinds = ['sheet', *(f'stage{stage}_{kind}' for stage in STAGES for kind in KINDS)]
     written: dict[Path, Path] = {}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..svit import ARCHS
+from ..models.svit_arch import ARCHS
+from ..ops.backend import BACKENDS
 
 SVIT_ARCHS = {'svit-s': 'small', 'svit-b': 'base', 'svit-l': 'large'}
 
@@ -46,8 +47,7 @@ Nothing is frozen and no path is dropped, so that a training step is the same wo
 
 SVIT_FLAGS = {
     'deploy': 'the inference form, model.switch_to_deploy()',
-    'torch': 'super token operations by the torch backend',
-    'triton': 'super token operations by the triton backend',
+    **{name: f'the {name} backend' for name in BACKENDS[1:]},
 }
 FLAGS = {
     **SVIT_FLAGS,
@@ -84,8 +84,8 @@ class Candidate:
 
     @property
     def backend(self) -> str:
-        """The backend of the super token operations, ``'auto'`` if none was asked for by name."""
-        return next((name for name in ('torch', 'triton') if name in self.flags), 'auto')
+        """The backend, ``'auto'`` if none was asked for by name."""
+        return next((name for name in BACKENDS[1:] if name in self.flags), 'auto')
 
     @property
     def arch(self) -> dict:
@@ -126,8 +126,8 @@ def parse_candidate(name: str) -> Candidate:
     unknown = [flag for flag in flags if flag not in FLAGS]
     if unknown:
         raise ValueError(f'{name!r}: no flag {unknown[0]!r}; use one of {", ".join(FLAGS)}')
-    if {'torch', 'triton'} <= set(flags):
-        raise ValueError(f'{name!r}: the backend is torch or triton, not both')
+    if len(set(BACKENDS) & set(flags)) > 1:
+        raise ValueError(f'{name!r}: name one backend, not several')
     if model in PEERS:
         of_svit = [flag for flag in flags if flag in SVIT_FLAGS] + [sizes] * bool(has_sizes)
         if of_svit:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..complexity import Figures
+from ..analysis.flops import FlopCounts
 from .candidates import Candidate
 from .memory import cpu_run_bytes, cuda_run_bytes, describe
 from .workloads import Case, Workload, build_copy, build_workload, find_backend
@@ -57,7 +57,7 @@ class Spread:
     max: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float] | np.ndarray) -> Spread:
         """Of at least one value."""
         low, q1, median, q3, high = map(float, np.percentile(values, [0, 25, 50, 75, 100]))
         return cls(median, q1, q3, low, high)
@@ -73,7 +73,7 @@ class Result:
         backend: Who computes the super token operations of an SViT.
         parameters: How many, with those of heads in a detector.
         layers: Multiply-adds of layers in inference of one image.
-        total: The same with products of activations, see :mod:`mmsvit.complexity`.
+        total: The same with products of activations, see :mod:`mmsvit.analysis.flops`.
         not_counted: What multiplies and is in neither, or why nothing was counted.
         weight_bytes: What parameters and buffers occupy.
         run_bytes: What a run needs on top at its peak, gradients included.
@@ -109,7 +109,9 @@ class Result:
     @property
     def peak_bytes(self) -> int | None:
         """Weights and what a run needs on top."""
-        return None if self.run_bytes is None else self.weight_bytes + self.run_bytes
+        if self.run_bytes is None or self.weight_bytes is None:
+            return None
+        return self.weight_bytes + self.run_bytes
 
 
 @dataclass
@@ -130,8 +132,8 @@ class _Runner:
     def __init__(self, name: str, device: str) -> None:
         self.result = Result(name)
         self.device = device
-        self.run: Callable[[], object] | None = None
-        self.calls = 1
+        self.run: Callable[[], object] = _not_built
+        self.calls = self.runs = 1
 
     @property
     def alive(self) -> bool:
@@ -144,7 +146,7 @@ class _Runner:
         except Exception as error:  # Whatever a candidate fails with is its result.
             self.result.error = describe(error)
             self.result.seconds.clear()
-            self.run = None
+            self.run = _not_built
         if not self.alive:
             _free(self.device)
 
@@ -171,9 +173,9 @@ class _Runner:
             self.run = _capture(workload.run)
         times = [self.time(1) for _ in range(max(warmup, 1))]
         self.calls = max(1, math.ceil(MIN_SECONDS / min(times)))
-        result.runs = self.calls * workload.runs
+        result.runs = self.runs = self.calls * workload.runs
 
-    def _count(self, count: Callable[[], tuple[Figures, Counter[str]]]) -> None:
+    def _count(self, count: Callable[[], tuple[FlopCounts, Counter[str]]]) -> None:
         """Counting may fail where running does not; the times are worth having then."""
         try:
             figures, uncounted = count()
@@ -202,7 +204,11 @@ class _Runner:
         return time.perf_counter() - start_time
 
     def measure(self) -> None:
-        self.result.seconds.append(self.time(self.calls) / self.result.runs)
+        self.result.seconds.append(self.time(self.calls) / self.runs)
+
+
+def _not_built() -> None:
+    raise RuntimeError('this candidate was not built, or has failed')
 
 
 def _free(device: str) -> None:

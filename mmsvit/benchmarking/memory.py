@@ -96,6 +96,8 @@ def _resident_increase(run: Callable[[], object]) -> int:
 def _status_bytes(field: str) -> int:
     """A figure of this process. ``getrusage`` has the peak, too, but the parent's with it."""
     match = re.search(rf'^{field}:\s*(\d+) kB', Path('/proc/self/status').read_text(), re.M)
+    if match is None:
+        raise OSError(f'/proc/self/status has no {field}')
     return int(match[1]) * 1024
 
 

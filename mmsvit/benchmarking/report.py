@@ -135,7 +135,7 @@ def cells(found: CaseResult, result: Result) -> list[str]:
         ]
     return [
         *row,
-        _number(found.case.batch / result.time.median),
+        _number(found.case.batch / result.time.median if result.time else None),
         _number(result.peak_bytes, 2**-20),
         _number(result.parameters, 1e-6),
         _number(result.layers, 1e-9),

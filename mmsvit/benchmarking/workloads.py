@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from ..complexity import Figures, count
-from ..config_complexity import count_config
+from ..analysis.config_flops import count_config
+from ..analysis.flops import FlopCounts, count
 from ..config_path import config_path
+from ..models.super_token_attention import SuperTokenAttention
 from ..ops import choose_backend
-from ..super_token_attention import SuperTokenAttention
 from .candidates import Candidate
 
 MODES = {
@@ -97,7 +98,7 @@ class Workload:
 
     model: nn.Module
     run: Callable[[], object]
-    count: Callable[[], tuple[Figures, Counter[str]]] | None
+    count: Callable[[], tuple[FlopCounts, Counter[str]]] | None
     runs: int = 1
     bytes_to_move: int | None = None
     observed: dict[str, int] = field(default_factory=dict)
@@ -142,7 +143,7 @@ def _autocast(case: Case) -> torch.autocast:
     return torch.autocast(case.device, dtype=dtype, enabled=case.dtype != 'float32')
 
 
-def _apply_flags(model: nn.Module, candidate: Candidate) -> None:
+def _apply_flags(model: BaseModule, candidate: Candidate) -> None:
     """Bring an SViT, a peer or a super token attention into the form that was asked for."""
     if 'deploy' in candidate.flags:
         if not hasattr(model, 'switch_to_deploy'):
@@ -166,7 +167,9 @@ def find_backend(candidate: Candidate, case: Case) -> str | None:
     return choose_backend(device, dtype, candidate.backend)[0]
 
 
-def _count(model: nn.Module, shape: tuple[int, ...], device: str) -> tuple[Figures, Counter[str]]:
+def _count(
+    model: nn.Module, shape: tuple[int, ...], device: str
+) -> tuple[FlopCounts, Counter[str]]:
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         shapes_only = copy.deepcopy(model)
@@ -186,9 +189,9 @@ def _build_op(candidate: Candidate, case: Case) -> Workload:
     if size == (1, 1):
         raise ValueError(f'stage {case.stage} of {candidate.name} does not sample: its size is 1')
     model = SuperTokenAttention(
-        arch['embed_dims'][i], 1, size, arch['num_iters'][i], backend=candidate.backend
+        arch['embed_dims'][i], 1, size, arch['num_iters'][i], ops_backend=candidate.backend
     )
-    model.attend = nn.Identity()  # Leaves sampling and distribution.
+    model.add_module('attend', nn.Identity())  # Leaves sampling and distribution.
     _apply_flags(model, candidate)
 
     stride = 4 * 2**i
@@ -222,7 +225,7 @@ def _build_op(candidate: Candidate, case: Case) -> Workload:
 
 def op_bytes(
     shape: tuple[int, int, int, int],
-    cell_size: tuple[int, int],
+    super_token_size: tuple[int, int],
     num_iters: int,
     itemsize: int,
     backward: bool,
@@ -237,13 +240,13 @@ def op_bytes(
 
     Args:
         shape: Of the tokens, ``(N, H, W, C)``.
-        cell_size: Height and width of a cell in tokens.
+        super_token_size: Height and width of a cell in tokens.
         num_iters: Iterations of sampling.
         itemsize: Bytes of a number.
         backward: Whether to count forward and backward, not forward alone.
     """
     n, height, width, channels = shape
-    h, w = cell_size
+    h, w = super_token_size
     tokens = n * height * width
     super_tokens = n * math.ceil(height / h) * math.ceil(width / w)
     passes = num_iters + 2 + 2 * backward
@@ -310,7 +313,7 @@ def _build_detector(candidate: Candidate, case: Case) -> Workload:
             ((box_scores, _, masks),) = model(**data, mode='tensor')
         observed.update(proposals=len(box_scores), masks=len(masks))
 
-    def count_detector() -> tuple[Figures, Counter[str]]:
+    def count_detector() -> tuple[FlopCounts, Counter[str]]:
         found = count_config(cfg, case.shape)
         return found.model, found.uncounted
 

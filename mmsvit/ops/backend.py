@@ -1,22 +1,30 @@
-"""Who computes the super token operations: the only place that chooses.
+"""Which backend computes the operations of a block: the only place that chooses.
 
-``MMSVIT_OPS_BACKEND=auto|torch|triton`` in the environment says what ``'auto'``
-as an argument means.
+A backend is a module ``NAME_backend.py`` beside this one, with the functions ``sample``,
+``aggregate`` and ``distribute`` as :mod:`.custom_ops` describes them, and ``conv_ffn``,
+``add_depthwise_conv``, ``gelu_affine`` and ``channels_first`` as :mod:`.layers` does. Layers that
+other backends than ``torch`` get are standard (:func:`.standard_layers.is_standard`).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
+from types import ModuleType
 
 import torch
 from mmengine.logging import print_log
+from torch import Tensor
 
-BACKENDS = ('auto', 'torch', 'triton')
+from . import torch_backend
+from .modes import is_tracing
+
+BACKENDS = ('auto', 'torch', 'cpu', 'triton')
 VARIABLE = 'MMSVIT_OPS_BACKEND'
 # So far the Triton kernels have run in Triton's interpreter and been compiled for GPUs, but not
-# run on one. They wait to be asked for by name until they have.
+# run on one. Until they have, they run only when named.
 PROVEN_ON_CUDA = False
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -45,30 +53,39 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps a backend from computing on ``device`` in ``dtype``; None if nothing does."""
+    if name == 'triton':
+        return _why_not_triton(device, dtype)
+    if name == 'cpu' and device.type != 'cpu':
+        return f'the tensors are on {device.type}'
+    return None
+
+
 @functools.cache
 def _choose(wanted: str, source: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if wanted not in BACKENDS:
         raise ValueError(f'{source}={wanted!r} is unknown; use one of {", ".join(BACKENDS)}')
-    if wanted == 'torch':
-        choice = 'torch', f'{source}=torch asks for it'
-    elif wanted == 'auto' and device.type != 'cuda':
+    if wanted != 'auto':
+        obstacle = _why_not(wanted, device, dtype)
+        if obstacle:
+            raise RuntimeError(
+                f'{source}={wanted}, but {obstacle}; use auto, which takes a backend that can run'
+            )
+        choice = wanted, f'{source}={wanted} asks for it'
+    elif device.type == 'cpu':
+        choice = 'cpu', 'the tensors are on cpu'
+    elif device.type != 'cuda':
         choice = 'torch', f'the tensors are on {device.type}'
-    elif wanted == 'auto' and not PROVEN_ON_CUDA:
+    elif not PROVEN_ON_CUDA:
         choice = (
             'torch',
             f'the Triton kernels have not been tested on a GPU; {VARIABLE}=triton tries',
         )
     else:
         obstacle = _why_not_triton(device, dtype)
-        if obstacle and wanted == 'triton':
-            raise RuntimeError(
-                f'{source}=triton, but {obstacle}; use auto, which takes torch where Triton '
-                'cannot run'
-            )
         choice = ('torch', obstacle) if obstacle else ('triton', f'{dtype} on {device.type}')
-    print_log(
-        'super token operations by {}: {}'.format(*choice), logger='current', level=logging.DEBUG
-    )
+    print_log('backend {}: {}'.format(*choice), logger='current', level=logging.DEBUG)
     return choice
 
 
@@ -77,19 +94,33 @@ def choose_backend(
 ) -> tuple[str, str]:
     """Choose the backend for tensors of ``dtype`` on ``device``.
 
-    ``'auto'`` is what the environment variable ``MMSVIT_OPS_BACKEND`` says; if that
-    is unset or ``'auto'``, it is Triton for CUDA tensors where Triton works (once it
-    is :data:`PROVEN_ON_CUDA`), and PyTorch for all others. By name, Triton also runs in its interpreter
-    (``TRITON_INTERPRET=1``), slowly and on any device. Each choice is logged once,
-    at DEBUG.
+    - ``'torch'``: PyTorch's own operations and layers, on any device.
+    - ``'cpu'``: a few rows of the map at a time, so that intermediate results stay in the CPU's cache.
+    - ``'triton'``: fused kernels for super token sampling, and PyTorch's layers, for CUDA GPUs
+      of compute capability 8.0 or more; with ``TRITON_INTERPRET=1`` on any device, slowly.
+    - ``'auto'``: what the environment variable ``MMSVIT_OPS_BACKEND`` names. If that is unset or
+      ``'auto'``: ``'cpu'`` for CPU tensors, ``'triton'`` for CUDA tensors where Triton works
+      (once it is :data:`PROVEN_ON_CUDA`), and ``'torch'`` otherwise.
+
+    While PyTorch records a graph (torch.compile, export, tracing), layers are always
+    ``'torch'``. Each choice is logged once, at DEBUG.
 
     Returns:
-        ``'torch'`` or ``'triton'``, and the reason, for people to read.
+        ``'torch'``, ``'cpu'`` or ``'triton'``, and the reason in words.
 
     Raises:
         ValueError: There is no such backend.
-        RuntimeError: Triton was asked for by name and cannot run here.
+        RuntimeError: The backend was asked for by name and cannot run here.
     """
     if backend != 'auto':
         return _choose(backend, 'backend', device, dtype)
     return _choose(os.environ.get(VARIABLE, 'auto'), VARIABLE, device, dtype)
+
+
+def backend_for(x: Tensor, backend: str) -> ModuleType:
+    """The module of the backend that :func:`choose_backend` chooses for ``x``."""
+    if is_tracing():
+        return torch_backend
+    name, _ = choose_backend(x.device, x.dtype, backend)
+    # Imported when chosen: Triton is not installed everywhere.
+    return importlib.import_module(f'.{name}_backend', __package__)

@@ -10,80 +10,69 @@ gradient of the other, and ``distribute`` is that of ``sample``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu_backend, torch_backend
-from .backend import choose_backend
-
-
-def _backend_for(x: Tensor, backend: str) -> ModuleType:
-    name, _ = choose_backend(x.device, x.dtype, backend)
-    if name == 'torch':
-        return cpu_backend if x.device.type == 'cpu' else torch_backend
-    from . import triton_backend  # Triton is not everywhere.
-
-    return triton_backend
+from .backend import backend_for
 
 
 @custom_op(
     'mmsvit::sample',
     mutates_args=(),
-    schema='(Tensor tokens, int[] cell_size, int num_iters, str backend) '
+    schema='(Tensor tokens, int[] super_token_size, int num_iters, str backend) '
     '-> (Tensor, Tensor, Tensor)',
 )
 def sample(
-    tokens: Tensor, cell_size: Sequence[int], num_iters: int, backend: str
+    tokens: Tensor, super_token_size: Sequence[int], num_iters: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Super tokens, association and mass ``(N, Gh, Gw, 1)``, see :func:`mmsvit.ops.sample`."""
-    return _backend_for(tokens, backend).sample(tokens, cell_size, num_iters)
+    return backend_for(tokens, backend).sample(tokens, super_token_size, num_iters)
 
 
 @custom_op(
     'mmsvit::aggregate',
     mutates_args=(),
-    schema='(Tensor association, Tensor tokens, Tensor? mass, int[] cell_size, str backend) '
+    schema='(Tensor association, Tensor tokens, Tensor? mass, int[] super_token_size, str backend) '
     '-> Tensor',
 )
 def aggregate(
     association: Tensor,
     tokens: Tensor,
     mass: Tensor | None,
-    cell_size: Sequence[int],
+    super_token_size: Sequence[int],
     backend: str,
 ) -> Tensor:
     """Sum tokens by association, ``(N, H, W, C)`` to ``(N, Gh, Gw, C)``; over mass if given."""
-    return _backend_for(tokens, backend).aggregate(association, tokens, mass, cell_size)
+    return backend_for(tokens, backend).aggregate(association, tokens, mass, super_token_size)
 
 
 @custom_op(
     'mmsvit::distribute',
     mutates_args=(),
-    schema='(Tensor association, Tensor super_tokens, Tensor? mass, int[] cell_size, '
+    schema='(Tensor association, Tensor super_tokens, Tensor? mass, int[] super_token_size, '
     'SymInt[] token_shape, str backend) -> Tensor',
 )
 def distribute(
     association: Tensor,
     super_tokens: Tensor,
     mass: Tensor | None,
-    cell_size: Sequence[int],
+    super_token_size: Sequence[int],
     token_shape: Sequence[int],
     backend: str,
 ) -> Tensor:
     """See :func:`mmsvit.ops.distribute`; super tokens are divided by mass first if it is given."""
-    return _backend_for(super_tokens, backend).distribute(
-        association, super_tokens, mass, cell_size, token_shape
+    return backend_for(super_tokens, backend).distribute(
+        association, super_tokens, mass, super_token_size, token_shape
     )
 
 
 @sample.register_fake
-def _(tokens, cell_size, num_iters, backend):
+def _(tokens, super_token_size, num_iters, backend):
     n, height, width, channels = tokens.shape
-    h, w = cell_size
+    h, w = super_token_size
     grid = n, (height + h - 1) // h, (width + w - 1) // w
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     return (
@@ -94,17 +83,17 @@ def _(tokens, cell_size, num_iters, backend):
 
 
 @aggregate.register_fake
-def _(association, tokens, mass, cell_size, backend):
+def _(association, tokens, mass, super_token_size, backend):
     return tokens.new_empty(*association.shape[:3], tokens.shape[3])
 
 
 @distribute.register_fake
-def _(association, super_tokens, mass, cell_size, token_shape, backend):
+def _(association, super_tokens, mass, super_token_size, token_shape, backend):
     return super_tokens.new_empty(super_tokens.shape[0], *token_shape, super_tokens.shape[3])
 
 
 def _setup_sample(ctx, inputs, output):
-    tokens, ctx.cell_size, _, ctx.backend = inputs
+    tokens, ctx.super_token_size, _, ctx.backend = inputs
     _, association, mass = output
     ctx.token_shape = tokens.shape[1:3]
     ctx.save_for_backward(association, mass)
@@ -112,24 +101,24 @@ def _setup_sample(ctx, inputs, output):
 
 
 def _setup_aggregate(ctx, inputs, output):
-    association, tokens, mass, ctx.cell_size, ctx.backend = inputs
+    association, tokens, mass, ctx.super_token_size, ctx.backend = inputs
     ctx.token_shape = tokens.shape[1:3]
     ctx.save_for_backward(association, mass)
 
 
 def _setup_distribute(ctx, inputs, output):
-    association, _, mass, ctx.cell_size, _, ctx.backend = inputs
+    association, _, mass, ctx.super_token_size, _, ctx.backend = inputs
     ctx.save_for_backward(association, mass)
 
 
 def _gradient_of_tokens(ctx, grad):
     association, mass = ctx.saved_tensors
-    return distribute(association, grad, mass, ctx.cell_size, ctx.token_shape, ctx.backend)
+    return distribute(association, grad, mass, ctx.super_token_size, ctx.token_shape, ctx.backend)
 
 
 def _gradient_of_super_tokens(ctx, grad):
     association, mass = ctx.saved_tensors
-    return aggregate(association, grad, mass, ctx.cell_size, ctx.backend)
+    return aggregate(association, grad, mass, ctx.super_token_size, ctx.backend)
 
 
 sample.register_autograd(
@@ -156,7 +145,7 @@ def _product_flops(association_shape: Sequence[int], channels: int) -> int:
 
 
 @register_flop_formula(torch.ops.mmsvit.sample)
-def _sample_flops(tokens_shape, cell_size, num_iters, *args, out_shape, **kwargs) -> int:
+def _sample_flops(tokens_shape, super_token_size, num_iters, *args, out_shape, **kwargs) -> int:
     """Two products an iteration: association and aggregation."""
     return 2 * num_iters * _product_flops(out_shape[1], tokens_shape[3])
 

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 
 from . import custom_ops, torch_backend
-
-
-def _wants_plain_operations() -> bool:
-    """Whether a graph is being made for those who know PyTorch's own operations only."""
-    return torch.jit.is_tracing() or (
-        torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
-    )
+from .modes import is_exporting
 
 
 def _check_map(tensor: Tensor, name: str, shape: str) -> None:
@@ -26,11 +20,11 @@ def _check_map(tensor: Tensor, name: str, shape: str) -> None:
 
 
 def sample(
-    tokens: Tensor, cell_size: tuple[int, int], num_iters: int = 1, backend: str = 'auto'
+    tokens: Tensor, super_token_size: tuple[int, int], num_iters: int = 1, backend: str = 'auto'
 ) -> tuple[Tensor, Tensor]:
     """Sample super tokens and associate every token with the nine around it (paper, Sec. 3.2).
 
-    Super tokens start as the mean of each cell of ``cell_size`` tokens; the
+    Super tokens start as the mean of each cell of ``super_token_size`` tokens; the
     association is the softmax over nine of ``token . super token * C**-0.5``;
     a super token becomes the mean of its tokens, weighted by the association.
     A neighbour outside the grid is a zero vector: it takes its share of the
@@ -42,9 +36,9 @@ def sample(
 
     Args:
         tokens: ``(N, H, W, C)``, any floating dtype.
-        cell_size: Height and width of a cell in tokens.
+        super_token_size: Height and width of a cell in tokens.
         num_iters: How often association and super tokens are estimated.
-        backend: ``'auto'``, ``'torch'`` or ``'triton'``, see :func:`choose_backend`.
+        backend: See :func:`choose_backend`.
 
     Returns:
         The super tokens, ``(N, Gh, Gw, C)`` in the dtype of ``tokens`` with
@@ -57,22 +51,24 @@ def sample(
         RuntimeError: The backend was asked for by name and cannot run here.
     """
     _check_map(tokens, 'tokens', '(N, H, W, C)')
-    if len(cell_size) != 2 or min(cell_size) < 1 or num_iters < 1:
+    if len(super_token_size) != 2 or min(super_token_size) < 1 or num_iters < 1:
         raise ValueError(
-            'cell_size must be two whole numbers of 1 or more and num_iters 1 or more, found '
-            f'{cell_size} and {num_iters}'
+            'super_token_size must be two whole numbers of 1 or more and num_iters 1 or more, found '
+            f'{super_token_size} and {num_iters}'
         )
-    if _wants_plain_operations():
-        super_tokens, association, _ = torch_backend.sample(tokens, cell_size, num_iters)
+    if is_exporting():
+        super_tokens, association, _ = torch_backend.sample(tokens, super_token_size, num_iters)
     else:
-        super_tokens, association, _ = custom_ops.sample(tokens, cell_size, num_iters, backend)
+        super_tokens, association, _ = custom_ops.sample(
+            tokens, super_token_size, num_iters, backend
+        )
     return super_tokens, association
 
 
 def distribute(
     association: Tensor,
     super_tokens: Tensor,
-    cell_size: tuple[int, int],
+    super_token_size: tuple[int, int],
     token_shape: Sequence[int],
     backend: str = 'auto',
 ) -> Tensor:
@@ -81,9 +77,9 @@ def distribute(
     Args:
         association: ``(N, Gh, Gw, 9, h*w)`` from :func:`sample`, float32 or float64; a constant.
         super_tokens: ``(N, Gh, Gw, C)``, any floating dtype.
-        cell_size: The cell size that the association was made with.
+        super_token_size: The cell size that the association was made with.
         token_shape: Height and width ``(H, W)`` of the token map to return.
-        backend: ``'auto'``, ``'torch'`` or ``'triton'``, see :func:`choose_backend`.
+        backend: See :func:`choose_backend`.
 
     Returns:
         ``(N, H, W, C)`` in the dtype of ``super_tokens``.
@@ -98,7 +94,7 @@ def distribute(
         raise ValueError(
             f'the association must be float32 or float64, as sample gives it, found {association.dtype}'
         )
-    (height, width), (h, w) = token_shape, cell_size
+    (height, width), (h, w) = token_shape, super_token_size
     n, grid_h, grid_w, _ = super_tokens.shape
     expected = (n, (height + h - 1) // h, (width + w - 1) // w, 9, h * w)
     if tuple(association.shape) != expected or tuple(expected[1:3]) != (grid_h, grid_w):
@@ -107,6 +103,10 @@ def distribute(
             f'and as many super tokens, found {tuple(association.shape)} and super tokens of shape '
             f'{tuple(super_tokens.shape)}'
         )
-    if _wants_plain_operations():
-        return torch_backend.distribute(association, super_tokens, None, cell_size, token_shape)
-    return custom_ops.distribute(association, super_tokens, None, cell_size, token_shape, backend)
+    if is_exporting():
+        return torch_backend.distribute(
+            association, super_tokens, None, super_token_size, token_shape
+        )
+    return custom_ops.distribute(
+        association, super_tokens, None, super_token_size, token_shape, backend
+    )

@@ -1,4 +1,6 @@
-"""Super token sampling in plain PyTorch: runs everywhere, and exporters see through it.
+"""The backend ``torch``: PyTorch's own operations and layers. Runs everywhere, also in exports.
+
+Layers are called as modules, so that whatever replaces, patches or watches them takes part.
 
 Tokens are ``(N, H, W, C)``. They are cut into cells of ``h x w`` tokens, one
 super token a cell, padded with zeros at the bottom and the right. ``Gh x Gw``
@@ -13,12 +15,13 @@ without :mod:`.custom_ops` around them; then the gradient is PyTorch's own, too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .modes import is_tracing, needs_grad, without_autocast
 
 NEIGHBOURS = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
 """Rows and columns from a cell to its nine neighbours, in the order of the association."""
@@ -27,40 +30,19 @@ EPS = 1e-12
 """What is added to the mass of a super token before dividing by it."""
 
 
-def under_autocast(device: torch.device) -> bool:
-    """Whether autocast chooses dtypes on ``device``; the meta device cannot be asked."""
-    return device.type != 'meta' and torch.is_autocast_enabled(device.type)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    if under_autocast(device):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def in_one_graph() -> bool:
-    """Whether operations are recorded for inputs of other sizes, not only computed."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def wants_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of any of them, so that none may be overwritten."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _pad(tokens: Tensor, bottom: int, right: int) -> Tensor:
     """Add rows and columns of zeros to (N, H, W, C), or crop as many if they are negative."""
-    if not in_one_graph() and bottom == right == 0:
+    if not is_tracing() and bottom == right == 0:
         return tokens
     # A slice would not do for cropping: exporters lose track of the size of one whose end may or
     # may not be beyond the map's.
     return F.pad(tokens, (0, 0, 0, right, 0, bottom))
 
 
-def split_into_cells(tokens: Tensor, cell_size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def split_into_cells(tokens: Tensor, super_token_size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(N, H, W, C) -> (N, Gh, Gw, h*w, C) in ``dtype``, zero-padded."""
     n, height, width, channels = tokens.shape
-    h, w = cell_size
+    h, w = super_token_size
     grid_h, grid_w = (height + h - 1) // h, (width + w - 1) // w
     tokens = _pad(tokens, grid_h * h - height, grid_w * w - width)
     cells = tokens.reshape(n, grid_h, h, grid_w, w, channels).transpose(2, 3)
@@ -70,11 +52,11 @@ def split_into_cells(tokens: Tensor, cell_size: Sequence[int], dtype: torch.dtyp
 
 
 def _join_cells(
-    cells: Tensor, cell_size: Sequence[int], token_shape: Sequence[int], dtype: torch.dtype
+    cells: Tensor, super_token_size: Sequence[int], token_shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """(N, Gh, Gw, h*w, C) -> (N, H, W, C) in ``dtype``: the inverse, with the padding cropped."""
     n, grid_h, grid_w, _, channels = cells.shape
-    h, w = cell_size
+    h, w = super_token_size
     tokens = cells.reshape(n, grid_h, grid_w, h, w, channels).transpose(2, 3)
     tokens = tokens.to(dtype, memory_format=torch.contiguous_format)
     tokens = tokens.reshape(n, grid_h * h, grid_w * w, channels)
@@ -86,20 +68,22 @@ def _moved(padded: Tensor, by: int, dim: int) -> Tensor:
     return padded[(slice(None),) * dim + (slice(1 + by, by - 1 or None),)]
 
 
-def _gather_neighbours(super_tokens: Tensor) -> Tensor:
+def gather_neighbours(super_tokens: Tensor) -> Tensor:
     """(N, Gh, Gw, C) -> (N, Gh, Gw, 9, C); zeros outside the grid."""
     padded = F.pad(super_tokens, (0, 0, 1, 1, 1, 1))
     rows = [_moved(padded, i, dim=1) for i in (-1, 0, 1)]
     return torch.stack([_moved(row, j, dim=2) for row in rows for j in (-1, 0, 1)], dim=3)
 
 
-def _scatter_neighbours(parts: Tensor) -> Tensor:
+def scatter_neighbours(parts: Tensor) -> Tensor:
     """(N, Gh, Gw, 9, C) -> (N, Gh, Gw, C): the adjoint; what leaves the grid is dropped."""
-    if in_one_graph():  # Exporters make a scatter of every write in place.
+    if is_tracing():  # Exporters make a scatter of every write in place.
         # First the columns, then the rows: six pieces, not nine.
         padded = F.pad(parts.unflatten(3, (3, 3)), (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
-        padded = sum(_moved(padded, -j, dim=2)[..., j + 1, :] for j in (-1, 0, 1))
-        return sum(_moved(padded, -i, dim=1)[..., i + 1, :] for i in (-1, 0, 1))
+        left, middle, right = (_moved(padded, -j, dim=2)[..., j + 1, :] for j in (-1, 0, 1))
+        padded = left + middle + right
+        upper, middle, lower = (_moved(padded, -i, dim=1)[..., i + 1, :] for i in (-1, 0, 1))
+        return upper + middle + lower
     n, grid_h, grid_w, _, channels = parts.shape
     total = parts.new_zeros(n, grid_h + 2, grid_w + 2, channels)
     for (i, j), part in zip(NEIGHBOURS, parts.unbind(dim=3)):
@@ -109,36 +93,36 @@ def _scatter_neighbours(parts: Tensor) -> Tensor:
 
 def _associate(cells: Tensor, super_tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The association ``(N, Gh, Gw, 9, h*w)`` and what each super token gets ``(N, Gh, Gw, 1)``."""
-    neighbours = _gather_neighbours(super_tokens * cells.shape[-1] ** -0.5)
+    neighbours = gather_neighbours(super_tokens * cells.shape[-1] ** -0.5)
     association = (neighbours @ cells.transpose(-1, -2)).softmax(dim=3)
-    return association, _scatter_neighbours(association.sum(dim=4, keepdim=True))
+    return association, scatter_neighbours(association.sum(dim=4, keepdim=True))
 
 
 def sample(
-    tokens: Tensor, cell_size: Sequence[int], num_iters: int
+    tokens: Tensor, super_token_size: Sequence[int], num_iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmsvit.ops.custom_ops.sample`."""
     with without_autocast(tokens.device):
         cells = split_into_cells(
-            tokens, cell_size, torch.promote_types(tokens.dtype, torch.float32)
+            tokens, super_token_size, torch.promote_types(tokens.dtype, torch.float32)
         )
         constant = cells.detach()
         super_tokens = constant.mean(dim=3)
         for _ in range(num_iters - 1):
             association, mass = _associate(constant, super_tokens)
-            super_tokens = _scatter_neighbours(association @ constant) / (mass + EPS)
+            super_tokens = scatter_neighbours(association @ constant) / (mass + EPS)
         association, mass = _associate(constant, super_tokens)
-        super_tokens = _scatter_neighbours(association @ cells) / (mass + EPS)
+        super_tokens = scatter_neighbours(association @ cells) / (mass + EPS)
         return super_tokens.to(tokens.dtype), association, mass
 
 
 def aggregate(
-    association: Tensor, tokens: Tensor, mass: Tensor | None, cell_size: Sequence[int]
+    association: Tensor, tokens: Tensor, mass: Tensor | None, super_token_size: Sequence[int]
 ) -> Tensor:
     """See :func:`mmsvit.ops.custom_ops.aggregate`."""
     with without_autocast(tokens.device):
-        cells = split_into_cells(tokens, cell_size, association.dtype)
-        sums = _scatter_neighbours(association @ cells)
+        cells = split_into_cells(tokens, super_token_size, association.dtype)
+        sums = scatter_neighbours(association @ cells)
         return (sums if mass is None else sums / (mass + EPS)).to(tokens.dtype)
 
 
@@ -146,7 +130,7 @@ def distribute(
     association: Tensor,
     super_tokens: Tensor,
     mass: Tensor | None,
-    cell_size: Sequence[int],
+    super_token_size: Sequence[int],
     token_shape: Sequence[int],
 ) -> Tensor:
     """See :func:`mmsvit.ops.custom_ops.distribute`."""
@@ -155,5 +139,53 @@ def distribute(
         super_tokens = super_tokens.to(association.dtype)
         if mass is not None:
             super_tokens = super_tokens / (mass + EPS)
-        cells = association.transpose(-1, -2) @ _gather_neighbours(super_tokens)
-        return _join_cells(cells, cell_size, token_shape, dtype)
+        cells = association.transpose(-1, -2) @ gather_neighbours(super_tokens)
+        return _join_cells(cells, super_token_size, token_shape, dtype)
+
+
+def add_residual(branch: Tensor, x: Tensor, in_place: bool) -> Tensor:
+    """``x + branch``, into the memory of ``branch`` where that is allowed and has the dtype."""
+    return branch.add_(x) if in_place and branch.dtype == x.dtype else x + branch
+
+
+def channels_last(module: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer that takes (N, C, H, W) to ``x`` of (N, H, W, C), without a copy."""
+    return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def add_depthwise_conv(x: Tensor, conv: nn.Module) -> Tensor:
+    """See :func:`mmsvit.ops.add_depthwise_conv`."""
+    return x + channels_last(conv, x)
+
+
+def conv_ffn(
+    x: Tensor,
+    fc1: nn.Module,
+    act: nn.Module,
+    dwconv: nn.Module | None,
+    fc2: nn.Module,
+    drop: nn.Module,
+    residual: bool,
+    add_conv: Callable[[Tensor, nn.Module], Tensor] = add_depthwise_conv,
+) -> Tensor:
+    """See :func:`mmsvit.ops.conv_ffn`; ``add_conv`` adds what ``dwconv`` gives."""
+    hidden = drop(act(fc1(x)))
+    if dwconv is not None:
+        hidden = add_conv(hidden, dwconv)
+    output = drop(fc2(hidden))
+    if not residual:
+        return output
+    return add_residual(output, x, in_place=not needs_grad(output))
+
+
+def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """See :func:`mmsvit.ops.gelu_affine`."""
+    if needs_grad(x) or is_tracing():
+        return torch.addcmul(shift, F.gelu(x), scale).to(x.dtype)
+    torch.ops.aten.gelu_(x)
+    return torch.addcmul(shift, x, scale, out=x)
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """See :func:`mmsvit.ops.channels_first`."""
+    return x.permute(0, 3, 1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""Super token sampling in Triton, for CUDA devices.
+"""The backend ``triton``: super token sampling for CUDA GPUs, and PyTorch's layers.
 
 Bytes are what it costs, so the kernels count them. With one pass being all
 tokens once, from or to the device's memory:
@@ -42,6 +42,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import JITFunction, cdiv, next_power_of_2
+
+from .torch_backend import EPS, add_depthwise_conv, channels_first, conv_ffn, gelu_affine
+
+_EPS = tl.constexpr(EPS)  # Kernels read no other globals.
 
 
 @triton.jit
@@ -292,7 +296,7 @@ def _gather_kernel(
             sums += _load_rows(parts, part + tile * AROUND, exists, channel, CHANNELS)
         total = tl.sum(sums, axis=0)
         if DIVIDE:
-            total = total / (own_mass + 1e-12)
+            total = total / (own_mass + _EPS)
         tl.store(super_tokens + this * CHANNELS + channel, total, channel < CHANNELS)
 
 
@@ -353,7 +357,7 @@ def _distribute_kernel(
     if DIVIDE:
         # A weight is at most its super token's mass. The factor of 64, which comes off again,
         # keeps what is divided by a large mass from the small numbers that float16 rounds off.
-        weights *= 64 / (tl.load(mass + neighbour, neighbour_exists, 1.0) + 1e-12)[None, :]
+        weights *= 64 / (tl.load(mass + neighbour, neighbour_exists, 1.0) + _EPS)[None, :]
     for start in range(0, CHANNELS, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         s = _load_rows(super_tokens, neighbour, neighbour_exists, channel, CHANNELS)
@@ -384,9 +388,9 @@ class Tiling(NamedTuple):
     num_warps: int
 
     @classmethod
-    def of(cls, cell_size: Sequence[int], channels: int, element_size: int) -> Tiling:
+    def of(cls, super_token_size: Sequence[int], channels: int, element_size: int) -> Tiling:
         """Tiles of up to 32 KB: large enough to load at full width, small enough for registers."""
-        cell = cell_size[0] * cell_size[1]
+        cell = super_token_size[0] * super_token_size[1]
         block = max(next_power_of_2(channels), 16) if channels <= 256 else 128
         most = 8192 // block
         # Patches that fill the smallest product, of 16 super tokens, or the next one of 32.
@@ -420,7 +424,7 @@ def _sum_tokens(
     association: Tensor,
     super_tokens: Tensor,
     mass: Tensor | None,
-    cell_size: Sequence[int],
+    super_token_size: Sequence[int],
     means: Tensor | None = None,
     store: bool = False,
 ) -> None:
@@ -431,7 +435,7 @@ def _sum_tokens(
     """
     n, height, width, channels = tokens.shape
     _, grid_h, grid_w, _, _ = association.shape
-    tiling = Tiling.of(cell_size, channels, tokens.element_size())
+    tiling = Tiling.of(super_token_size, channels, tokens.element_size())
     patch_h, patch_w = tiling.patch
     patches_h, patches_w = cdiv(grid_h, patch_h), cdiv(grid_w, patch_w)
     all_parts = n, patches_h, patches_w, tiling.tiles, (patch_h + 2) * (patch_w + 2)
@@ -449,8 +453,8 @@ def _sum_tokens(
         grid_w,
         channels**-0.5,
         CHANNELS=channels,
-        CELL_H=cell_size[0],
-        CELL_W=cell_size[1],
+        CELL_H=super_token_size[0],
+        CELL_W=super_token_size[1],
         PATCH_H=patch_h,
         PATCH_W=patch_w,
         TILES=tiling.tiles,
@@ -480,18 +484,18 @@ def _sum_tokens(
 
 
 def sample(
-    tokens: Tensor, cell_size: Sequence[int], num_iters: int
+    tokens: Tensor, super_token_size: Sequence[int], num_iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmsvit.ops.custom_ops.sample`."""
     dtype, tokens = tokens.dtype, _launchable(tokens)
     n, height, width, channels = tokens.shape
-    h, w = cell_size
+    h, w = super_token_size
     grid_h, grid_w = cdiv(height, h), cdiv(width, w)
     means = tokens.new_empty(n, grid_h, grid_w, channels, dtype=torch.float32)
     mass = tokens.new_empty(n, grid_h, grid_w, 1, dtype=torch.float32)
     association = tokens.new_empty(n, grid_h, grid_w, 9, h * w, dtype=torch.float32)
     super_tokens = torch.empty_like(means, dtype=tokens.dtype)
-    tiling = Tiling.of(cell_size, channels, tokens.element_size())
+    tiling = Tiling.of(super_token_size, channels, tokens.element_size())
     mean_tokens = min(next_power_of_2(h * w), tiling.tokens)
     with torch.cuda.device_of(tokens):
         _mean_kernel[(grid_w, grid_h, n)](
@@ -507,19 +511,19 @@ def sample(
             num_warps=min(max(mean_tokens * tiling.block // 1024, 1), 8),
         )
         for _ in range(num_iters - 1):
-            _sum_tokens(tokens, association, means, mass, cell_size, means)
-        _sum_tokens(tokens, association, super_tokens, mass, cell_size, means, store=True)
+            _sum_tokens(tokens, association, means, mass, super_token_size, means)
+        _sum_tokens(tokens, association, super_tokens, mass, super_token_size, means, store=True)
     return super_tokens.to(dtype), association, mass
 
 
 def aggregate(
-    association: Tensor, tokens: Tensor, mass: Tensor | None, cell_size: Sequence[int]
+    association: Tensor, tokens: Tensor, mass: Tensor | None, super_token_size: Sequence[int]
 ) -> Tensor:
     """See :func:`mmsvit.ops.custom_ops.aggregate`."""
     dtype, tokens = tokens.dtype, _launchable(tokens)
     super_tokens = tokens.new_empty(*association.shape[:3], tokens.shape[3])
     with torch.cuda.device_of(tokens):
-        _sum_tokens(tokens, association.contiguous(), super_tokens, mass, cell_size)
+        _sum_tokens(tokens, association.contiguous(), super_tokens, mass, super_token_size)
     return super_tokens.to(dtype)
 
 
@@ -527,7 +531,7 @@ def distribute(
     association: Tensor,
     super_tokens: Tensor,
     mass: Tensor | None,
-    cell_size: Sequence[int],
+    super_token_size: Sequence[int],
     token_shape: Sequence[int],
 ) -> Tensor:
     """See :func:`mmsvit.ops.custom_ops.distribute`."""
@@ -535,7 +539,7 @@ def distribute(
     n, grid_h, grid_w, channels = super_tokens.shape
     height, width = token_shape
     tokens = super_tokens.new_empty(n, height, width, channels)
-    tiling = Tiling.of(cell_size, channels, tokens.element_size())
+    tiling = Tiling.of(super_token_size, channels, tokens.element_size())
     patch_h, patch_w = tiling.patch
     grid = cdiv(grid_w, patch_w) * tiling.tiles, cdiv(grid_h, patch_h), n
     with torch.cuda.device_of(tokens):
@@ -549,8 +553,8 @@ def distribute(
             grid_h,
             grid_w,
             CHANNELS=channels,
-            CELL_H=cell_size[0],
-            CELL_W=cell_size[1],
+            CELL_H=super_token_size[0],
+            CELL_W=super_token_size[1],
             PATCH_H=patch_h,
             PATCH_W=patch_w,
             TILES=tiling.tiles,

@@ -86,6 +86,11 @@ def all_finite(losses: dict) -> bool:
     return all(math.isfinite(float(value.detach().sum())) for value in values)
 
 
+@pytest.mark.promise(
+    'Numbers',
+    "MMDetection's detectors train and predict with our backbone",
+    '27 of 28 detectors; PAA skipped without scikit-learn',
+)
 @pytest.mark.parametrize('name', DETECTORS)
 def test_detector(name):
     if name.startswith('paa/'):

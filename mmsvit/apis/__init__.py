@@ -1,0 +1,1 @@
+"""A model on single images, and the demo page."""

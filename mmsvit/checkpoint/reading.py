@@ -1,0 +1,241 @@
+"""Read checkpoints without running code from them, and write weights alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from mmengine.fileio import get_local_path
+from mmengine.logging import HistoryBuffer, print_log
+from torch import Tensor
+
+SAFETENSORS = '.safetensors'
+WEB = ('http://', 'https://')
+
+
+def _history_buffer_method(owner: type, name: str) -> Any:
+    """Stand in for ``getattr``, which MMEngine's log history pickles for its own methods."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not allowed in a checkpoint')
+    return getattr(owner, name)
+
+
+def _allowed_globals() -> list:
+    """What a checkpoint may hold beside tensors and plain Python data; nothing here runs code."""
+    core = np._core if hasattr(np, '_core') else np.core
+    multiarray = core.multiarray
+    dtypes = [type(np.dtype(name)) for name in ('?', *np.typecodes['AllInteger'], *'efd')]
+    # numpy 2 renamed the module; files of either generation are read under both.
+    functions = [
+        (getattr(multiarray, name), f'numpy.{module}.multiarray.{name}')
+        for module in ('core', '_core')
+        for name in ('_reconstruct', 'scalar')
+    ]
+    return [
+        argparse.Namespace,
+        HistoryBuffer,
+        (_history_buffer_method, 'builtins.getattr'),
+        np.ndarray,
+        np.dtype,
+        *functions,
+        *dtypes,
+    ]
+
+
+def allow_runner_checkpoints() -> None:
+    """Let torch's weights-only mode read what MMEngine's runner saves, in this process.
+
+    Since torch 2.6 that mode is the default, and OpenMMLab's own MMEngine relies on the
+    default: without this it cannot read its own checkpoints.
+    """
+    torch.serialization.add_safe_globals(_allowed_globals())
+
+
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint that cannot be read without running code from it."""
+
+
+_trusted = False
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition('\n')[0]
+
+
+def _check_sums(file: str) -> None:
+    # torch writes checksums, but does not verify them.
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f'checksum of {damaged}')
+
+
+def trust_checkpoints() -> None:
+    """Let every checkpoint that this process reads from now on run code.
+
+    This is for files of a source that you trust as you trust its programs, and that cannot be
+    read otherwise. ``--trust-checkpoint`` of the tools is this. There is no way back.
+    """
+    global _trusted
+    _trusted = True
+    print_log(
+        'CHECKPOINTS ARE TRUSTED: whatever program is hidden in a checkpoint that is read from now '
+        'on will run, with all your rights: it can read, change and send away your files and keys. '
+        'Read the weights once and save them as .safetensors (tools/convert_checkpoint.py), '
+        'and you will not need this again.',
+        logger='current',
+        level=logging.WARNING,
+    )
+
+
+def download(url: str) -> str:
+    """Fetch a file once, into the folder where torch and MMEngine keep what they download.
+
+    Args:
+        url: Beginning with ``http://`` or ``https://``.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        OSError: It cannot be fetched.
+    """
+    folder = Path(torch.hub.get_dir(), 'checkpoints')
+    file = folder / Path(urlsplit(url).path).name
+    if file.is_file():
+        print_log(f'{url} was downloaded before: {file} is used', logger='current')
+        return str(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    print_log(f'Downloading {url} to {file}', logger='current')
+    try:
+        torch.hub.download_url_to_file(url, str(file), progress=os.isatty(0))
+    except (OSError, HTTPException) as error:
+        raise OSError(f'cannot download the checkpoint {url!r}: {error}') from error
+    return str(file)
+
+
+def read_checkpoint(
+    path: str | Path, map_location: str | torch.device | None = 'cpu'
+) -> dict[str, Any]:
+    """Read a checkpoint without running code from it.
+
+    Files of torch are read in its weights-only mode, those that end in ``.safetensors`` by the
+    package of that name (``pip install safetensors``); they hold tensors and text alone.
+
+    Args:
+        path: A file, an address on the web (:func:`download`), or a URL that MMEngine's file
+            clients know.
+        map_location: Where a torch file's tensors go, see ``torch.load``; on the CPU by default.
+
+    Returns:
+        The checkpoint as saved; of a safetensors file, ``state_dict`` and ``meta``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImportError: It is a safetensors file, and the package is missing.
+        OSError: It cannot be downloaded.
+        UnsafeCheckpointError: It needs code to be run to be read; a ValueError.
+        ValueError: It is corrupt or incomplete.
+    """
+    path, repeat = str(path), ''
+    if path.startswith(WEB):
+        repeat = f' Remove the file to download {path} again.'
+        path = download(path)
+    elif '://' not in path:
+        path = str(Path(path).expanduser())
+        if not Path(path).is_file():
+            raise FileNotFoundError(f'the checkpoint {path!r} does not exist')
+    try:
+        with get_local_path(path) as file:
+            if path.endswith(SAFETENSORS):
+                checkpoint = _read_safetensors(file)
+            else:
+                # At every call: torch's context manager of safe globals, used by others, resets the list.
+                allow_runner_checkpoints()
+                _check_sums(file)
+                checkpoint = torch.load(file, map_location=map_location, weights_only=not _trusted)
+    except (PermissionError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # Corrupt bytes raise almost anything.
+        refused = re.search(
+            r'GLOBAL (\S+) (?:was not an allowed|whose module)|getattr\(.*\) is not', str(error)
+        )
+        if refused:
+            raise UnsafeCheckpointError(
+                f'{path!r} is refused: to read it, torch would have to run code from it '
+                f'({refused.group(1) or refused.group(0)}). Get it from a source that you trust, as '
+                '.safetensors or with its tensors alone. Only if you would also run any program of '
+                'whoever made the file: --trust-checkpoint, or '
+                'mmsvit.checkpoint.trust_checkpoints() in a program of your own.'
+            ) from error
+        raise ValueError(
+            f'{path!r} is corrupt or incomplete ({type(error).__name__}: {_first_line(error)}); a '
+            'download that broke off, a damaged disk, or a web page saved under that name? Expected '
+            f'a file written by torch.save, or one that ends in {SAFETENSORS}.{repeat}'
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f'{path!r} holds {type(checkpoint).__name__}, expected a dict with the weights under '
+            "'model' or 'state_dict', or the weights themselves"
+        )
+    meta = checkpoint.get('meta')
+    if isinstance(meta, dict) and 'config' in meta:
+        # Runner.resume would run this text as Python, to compare numbers of GPUs.
+        del meta['config']
+    return checkpoint
+
+
+def _import_safetensors() -> ModuleType:
+    """The package, which is not needed otherwise."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f'{SAFETENSORS} files need the safetensors package: pip install safetensors'
+        ) from error
+    return safetensors
+
+
+def _read_safetensors(file: str | Path) -> dict[str, Any]:
+    safetensors = _import_safetensors()
+    try:
+        weights = safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, framework='pt') as content:
+            meta = json.loads((content.metadata() or {}).get('meta', '{}'))
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return dict(state_dict=weights, meta=meta)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path, meta: dict[str, Any]) -> None:
+    """Write weights alone, in the format that the name of the file asks for.
+
+    Args:
+        weights: By name.
+        path: The file; ``.safetensors`` for that format, anything else for torch's.
+        meta: What else to keep, made of plain Python data that JSON knows.
+
+    Raises:
+        ImportError: A safetensors file is wanted, and the package is missing.
+    """
+    if path.suffix == SAFETENSORS:
+        # Copies: the format does not allow two names for the same memory.
+        tensors = {key: value.contiguous().clone() for key, value in weights.items()}
+        metadata = dict(format='pt', meta=json.dumps(meta))
+        _import_safetensors().torch.save_file(tensors, path, metadata=metadata)
+    else:
+        torch.save(dict(state_dict=dict(weights), meta=meta), path)

@@ -1,0 +1,1 @@
+"""What makes mmsvit fit the other libraries: mmcv without compiled ops, private parts of MMEngine."""

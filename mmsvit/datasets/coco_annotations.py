@@ -1,0 +1,208 @@
+"""What can be wrong in an annotation file in COCO format."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from .report import DatasetReport
+
+OUTSIDE_TOLERANCE = 1.0  # pixels: annotation tools round, and COCO's own boxes reach out by parts
+
+
+def check_coco_annotations(
+    report: DatasetReport,
+    split: str,
+    content: dict,
+    classes: Sequence[str] | None,
+    with_mask: bool,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Look at every image, category and annotation of a file.
+
+    Args:
+        report: Takes what is wrong.
+        split: For the report.
+        content: The file as read, with lists ``images``, ``categories``, ``annotations``.
+        classes: Those of the config; None for all of the file.
+        with_mask: Whether the pipeline loads masks, so that every object needs one.
+        progress: Wraps the loop over the annotations.
+    """
+    absent = [key for key in ('images', 'categories') if not content.get(key)]
+    if absent:
+        report.error(split, 'annotation files with an empty list', ', '.join(absent))
+        return
+    images = _check_images(report, split, content['images'])
+    for key in ('id', 'name'):
+        for value in _repeated(category[key] for category in content['categories']):
+            report.error(split, f'categories with the same {key}', str(value))
+    names = {category['id']: category['name'] for category in content['categories']}
+    if 'annotations' not in content and split == 'test':
+        return  # as COCO's own for test-dev, of which the results are sent in
+    annotations = content.get('annotations', [])
+    if any('segments_info' in ann for ann in annotations[:1]):
+        return  # panoptic: objects are in the label maps
+    for value in _repeated(ann.get('id') for ann in annotations):
+        report.error(split, 'annotations with the same id', f'id {value}')
+
+    objects: Counter = Counter()
+    occupied, off = set(), 0
+    for ann in progress(annotations):
+        image = images.get(ann.get('image_id'))
+        objects[names.get(ann.get('category_id'))] += 1
+        occupied.add(ann.get('image_id'))
+        for level, kind in _annotation_problems(ann, image, names, with_mask):
+            off += kind in (NO_AREA, OUTSIDE, REACHES_OUT)
+            add = report.error if level == 'error' else report.warning
+            add(split, kind, _describe(ann, image))
+    if off > len(annotations) / 2:
+        report.error(
+            split,
+            'wrong formats of boxes',
+            f'{off:,} of {len(annotations):,} boxes have no area or leave their image: a box is '
+            '[x, y, width, height] in pixels, not two corners and not relative to the image',
+        )
+    _check_use(report, split, objects, set(names.values()), classes)
+    for key, image in images.items():
+        if key not in occupied:
+            report.warning(split, 'images without objects', image.get('file_name', f'image {key}'))
+
+
+def count_left_out(content: dict) -> Counter:
+    """Count boxes that MMDetection leaves out, and images without objects.
+
+    Args:
+        content: A whole file in COCO format, as read.
+    """
+    images = {image['id']: image for image in content['images']}
+    found: Counter = Counter()
+    occupied = set()
+    for ann in content.get('annotations', ()):
+        image = images.get(ann['image_id'])
+        if image is None or not _is_box(ann.get('bbox')) or not image.get('width'):
+            continue
+        kinds = [kind for _, kind in _box_problems(ann['bbox'], ann.get('area', 1), image)]
+        found.update(kind for kind in kinds if kind in (NO_AREA, OUTSIDE))
+        if not {NO_AREA, OUTSIDE} & set(kinds):
+            occupied.add(ann['image_id'])
+    if len(images) > len(occupied):
+        found[WITHOUT_OBJECTS] = len(images) - len(occupied)
+    return found
+
+
+WITHOUT_OBJECTS = 'images without objects; used only if filter_cfg.filter_empty_gt=False'
+NO_AREA = 'boxes without area, which are left out'
+OUTSIDE = 'boxes outside of their image, which are left out'
+REACHES_OUT = 'boxes that reach out of their image'
+
+
+def _repeated(values: Iterable) -> list:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _check_images(report: DatasetReport, split: str, images: list[dict]) -> dict:
+    """Check the list of images, and return the good ones by id."""
+    for value in _repeated(image['id'] for image in images if 'id' in image):
+        report.error(split, 'images with the same id', f'id {value}')
+    for value in _repeated(image['file_name'] for image in images if 'file_name' in image):
+        report.warning(split, 'images with the same file_name', value)
+    by_id = {}
+    for image in images:
+        size = (image.get('width'), image.get('height'))
+        if 'id' not in image or not all(isinstance(v, (int, float)) and v > 0 for v in size):
+            name = image.get('file_name', image.get('id'))
+            report.error(split, 'images without id, width or height', f'{name}: {size}')
+        else:
+            by_id[image['id']] = image
+    return by_id
+
+
+def _annotation_problems(
+    ann: dict, image: dict | None, names: dict, with_mask: bool
+) -> Iterator[tuple[str, str]]:
+    """Level and kind of what is wrong with one annotation."""
+    if ann.get('category_id') not in names:
+        yield 'error', 'annotations of unknown categories'
+    if image is None:
+        yield 'error', 'annotations of unknown images'
+        return
+    box: Any = ann.get('bbox')
+    if not _is_box(box) or not isinstance(ann.get('area'), (int, float)):
+        yield 'error', 'annotations whose bbox is not four numbers, or without area'
+        return
+    yield from _box_problems(box, ann['area'], image)
+    if with_mask:
+        yield from _mask_problems(ann.get('segmentation'), image)
+
+
+def _is_box(box: object) -> bool:
+    return (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+    )
+
+
+def _box_problems(box: list[float], area: float, image: dict) -> Iterator[tuple[str, str]]:
+    # MMDetection leaves the same ones out, without a word (CocoDataset.parse_data_info).
+    x, y, width, height = box
+    if width < 1 or height < 1 or area <= 0:
+        yield 'warning', NO_AREA
+    elif x >= image['width'] or y >= image['height'] or x + width <= 0 or y + height <= 0:
+        yield 'warning', OUTSIDE
+    elif (
+        min(x, y) < -OUTSIDE_TOLERANCE
+        or x + width > image['width'] + OUTSIDE_TOLERANCE
+        or y + height > image['height'] + OUTSIDE_TOLERANCE
+    ):
+        yield 'warning', REACHES_OUT
+
+
+def _mask_problems(segmentation: Any, image: dict) -> Iterator[tuple[str, str]]:
+    if not segmentation:
+        yield 'error', 'annotations without segmentation, which the pipeline loads'
+    elif isinstance(segmentation, dict):
+        if not segmentation.get('counts'):
+            yield 'error', 'segmentations as RLE without counts'
+        elif segmentation.get('size') != [image['height'], image['width']]:
+            yield 'error', 'segmentations as RLE of another size than their image'
+    elif not all(isinstance(polygon, list) for polygon in segmentation):
+        yield 'error', 'segmentations that are neither RLE nor a list of polygons'
+    elif not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation):
+        yield 'warning', 'segmentations without a polygon of three points, which are ignored'
+
+
+def _describe(ann: dict, image: dict | None) -> str:
+    where = f'annotation {ann.get("id")}'
+    if image is None:
+        return f'{where}: image_id {ann.get("image_id")}'
+    name = image.get('file_name', f'image {image["id"]}')
+    return (
+        f'{name} ({image["width"]}x{image["height"]}): {where}, category_id '
+        f'{ann.get("category_id")}, bbox {ann.get("bbox")}'
+    )
+
+
+def _check_use(
+    report: DatasetReport,
+    split: str,
+    objects: Counter,
+    names: set[str],
+    classes: Sequence[str] | None,
+) -> None:
+    """Check which classes have objects, and which objects have a class."""
+    used = names if classes is None else names & set(classes)
+    if not any(objects[name] for name in used):
+        report.error(split, 'data sets without objects', f'none of {len(used)} classes has one')
+        return
+    for name in sorted(used):
+        if not objects[name]:
+            report.warning(split, 'classes without objects', name)
+    for name in sorted(names - used):
+        report.warning(
+            split,
+            'categories that are no classes of the config, so left out',
+            f'{name}: {objects[name]:,} annotations',
+        )

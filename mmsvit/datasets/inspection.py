@@ -1,0 +1,389 @@
+"""The thorough look at the data of a config, on demand (``tools/check_dataset.py``).
+
+:mod:`mmsvit.datasets.quick_checks` has the cheap checks that are made before every run, and which this
+begins with. Here every annotation is looked at, every file must be there, a sample of images
+is decoded, and a few samples go through the config's own pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import mmcv
+import numpy as np
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.fileio import get, list_dir_or_file, load
+from mmengine.registry import DATASETS, Registry
+from rich.console import Console
+from rich.progress import track
+from rich.status import Status
+
+from .coco_annotations import check_coco_annotations
+from .label_maps import check_all_pixels, check_label_map
+from .quick_checks import built_datasets, check_data, dataset_configs
+from .report import Counts, DatasetReport
+
+PIPELINE_SAMPLES = 8
+
+
+def inspect_data(
+    cfg: Config,
+    splits: Sequence[str] = ('train', 'val', 'test'),
+    samples: int | None = 200,
+    seed: int = 0,
+    console: Console | None = None,
+) -> DatasetReport:
+    """Look at the data of a config of MMDetection, MMSegmentation or MMPretrain.
+
+    Data that are not there or cannot be read are in the report and raise nothing.
+
+    Args:
+        cfg: A whole config.
+        splits: Which of ``'train'``, ``'val'`` and ``'test'``; those it has not are left out.
+        samples: How many images of each data set to decode; None for all.
+        seed: Decides which.
+        console: Where progress is shown; standard error if None.
+
+    Raises:
+        ValueError: The config has none of the splits.
+    """
+    present = [split for split in splits if cfg.get(f'{split}_dataloader')]
+    if not present:
+        raise ValueError(f'the config has no data loader for any of {list(splits)}')
+    report, console = DatasetReport(), console or Console(stderr=True)
+    rng = np.random.default_rng(seed)
+    inspected: dict[str, _SplitInspection] = {}
+    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+        for split in present:
+            inspection = _SplitInspection(cfg, split, registry, report, samples, rng, console)
+            if not inspection.check_paths_and_classes():
+                continue
+            same = [other for other in inspected if inspection.same_data(inspected[other])]
+            if same:
+                report.counts.append(Counts(split, f'same as {same[0]}'))
+                continue
+            inspection.check_contents()
+            for other in inspected.values():
+                inspection.compare_classes(other)
+            inspected[split] = inspection
+    return report
+
+
+def head_num_classes(model: object, name: str = 'model') -> Iterator[tuple[str, int]]:
+    """The number of classes of each head of a model config.
+
+    Left out are backbones, region proposal heads and HTC's semantic head, which count
+    something else than the classes of the data set.
+
+    Args:
+        model: ``cfg.model`` or a part of it.
+        name: What it is called.
+
+    Yields:
+        The name of the setting, for example ``'model.roi_head.bbox_head.num_classes'``,
+        and its value.
+    """
+    if isinstance(model, (list, tuple)):
+        for i, part in enumerate(model):
+            yield from head_num_classes(part, f'{name}[{i}]')
+    elif isinstance(model, dict) and model.get('type') != 'FusedSemanticHead':
+        if isinstance(model.get('num_classes'), int):
+            yield f'{name}.num_classes', model['num_classes']
+        if 'num_things_classes' in model:
+            things_and_stuff = model['num_things_classes'] + model.get('num_stuff_classes', 0)
+            yield f'{name}.num_things_classes + num_stuff_classes', things_and_stuff
+        for key, part in model.items():
+            if key not in ('backbone', 'rpn_head'):
+                yield from head_num_classes(part, f'{name}.{key}')
+
+
+class _SplitInspection:
+    """The look at one split: what it needs everywhere, and its own part of the report."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        split: str,
+        registry: Registry,
+        report: DatasetReport,
+        samples: int | None,
+        rng: np.random.Generator,
+        console: Console,
+    ) -> None:
+        self.cfg, self.split, self.registry, self.report = cfg, split, registry, report
+        self.samples, self.rng, self.console = samples, rng, console
+        self.dataset_cfg = cfg[f'{split}_dataloader'].dataset
+        self.classes: Sequence[str] | None = None  # known once the data set is built
+
+    def error(self, kind: str, example: str) -> None:
+        self.report.error(self.split, kind, example)
+
+    def warning(self, kind: str, example: str) -> None:
+        self.report.warning(self.split, kind, example)
+
+    def track(self, items: Iterable, what: str) -> Iterable:
+        return track(
+            items,
+            f'{self.split}: {what}',
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def status(self, what: str) -> Status:
+        return self.console.status(f'{self.split}: {what}')
+
+    def same_data(self, other: _SplitInspection) -> bool:
+        return self.dataset_cfg == other.dataset_cfg
+
+    def check_paths_and_classes(self) -> bool:
+        """Whether all that the config names is there, so that it can be looked into."""
+        try:
+            with self.status('files, folders and classes'):
+                check_data(self.cfg, (self.split,))
+        except FileNotFoundError as error:
+            self.error('files or folders that are not there', str(error))
+            return False
+        except ValueError as error:
+            self.error('annotations that do not fit the config', str(error))
+        return True
+
+    def check_contents(self) -> None:
+        """Look at annotations, data sets, images and pipeline."""
+        parts = list(dataset_configs(self.dataset_cfg))
+        counts = [Counts(self.split, _type_name(part)) for part in parts]
+        self.report.counts += counts
+        for part, part_counts in zip(parts, counts):
+            self.check_annotation_file(part, part_counts)
+        try:
+            with self.status('building the data set'), redirect_stdout(StringIO()):
+                dataset = self.registry.build(self.dataset_cfg)
+        except Exception as error:  # Whatever a data set of anybody raises is what to report.
+            # What MMEngine ends in where a data set is empty after its filter.
+            if str(error) == 'need at least one array to concatenate':
+                for part in parts:
+                    self.error('data sets without images', _sources(part))
+            else:
+                self.error('data sets that cannot be built', _describe(error))
+            return
+        for built, part_counts in zip(built_datasets(dataset), counts):
+            self.check_dataset(built, part_counts)
+        self.classes = dataset.metainfo.get('classes')
+        self.check_heads()
+        counts[0].loaded = self.check_pipeline(dataset)
+
+    def check_annotation_file(self, part: dict, counts: Counts) -> None:
+        """Look at an annotation file in COCO format, before a data set chokes on it."""
+        kind = part['type'] if isinstance(part['type'], type) else self.registry.get(part['type'])
+        if not hasattr(kind, 'COCOAPI'):
+            return
+        try:
+            # To have paths and classes as the data set sees them, without loading anything.
+            dataset = self.registry.build({**part, 'pipeline': [], 'lazy_init': True})
+            with self.status(f'reading {dataset.ann_file}'):
+                content = load(
+                    dataset.ann_file, file_format='json', backend_args=dataset.backend_args
+                )
+            check_coco_annotations(
+                self.report,
+                self.split,
+                content,
+                dataset.metainfo.get('classes'),
+                any(step.get('with_mask') for step in part.get('pipeline', ())),
+                lambda annotations: self.track(annotations, 'annotations'),
+            )
+            counts.images = len(content['images'])
+            counts.labels = len(content.get('annotations', ()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.error('annotation files that are not COCO format', _describe(error))
+
+    def check_dataset(self, dataset: BaseDataset, counts: Counts) -> None:
+        """Look at the files and labels of one data set without its wrappers."""
+        classes = dataset.metainfo.get('classes')
+        counts.used, counts.classes = len(dataset), classes and len(classes)
+        if counts.images is None:
+            counts.images = len(dataset)
+        infos = (
+            dataset.get_data_info(i) for i in self.track(range(len(dataset)), 'list of images')
+        )
+        # Of a million samples, only what is needed.
+        keys = ('img_path', 'seg_map_path', 'gt_label')
+        images, maps, labels = zip(*[[info.get(key) for key in keys] for info in infos])
+
+        if images[0] is None:
+            self.warning('data sets of which no image was looked at', 'samples have no img_path')
+            return
+        local = not getattr(dataset, 'backend_args', None) and '://' not in images[0]
+        there = self.check_files('images', images) if local else np.ones(len(images), bool)
+        if maps[0] is not None:
+            counts.labels = len(maps)
+            if local:
+                there &= self.check_files('label maps', maps)
+                self.check_maps_without_image(dataset, maps)
+        if labels[0] is not None:
+            counts.labels = len(labels)
+            self.check_labels(images, labels, classes)
+
+        chosen = np.flatnonzero(there)
+        if self.samples is not None and self.samples < len(chosen):
+            chosen = np.sort(self.rng.choice(chosen, self.samples, replace=False))
+        counts.decoded = len(chosen)
+        pixels: Counter = Counter()
+        for i in self.track(chosen, 'decoding images'):
+            pixels += self.check_image(dataset, dataset.get_data_info(int(i)))
+        if pixels:
+            complete = len(chosen) == len(dataset)
+            check_all_pixels(self.report, self.split, pixels, dataset, complete)
+
+    def check_files(self, what: str, paths: Sequence[str | None]) -> np.ndarray:
+        """Which files are there, bool ``(len(paths),)``; folders are listed, files not touched."""
+        listed: dict[str, set[str]] = {}
+        there = np.zeros(len(paths), bool)
+        for i, path in enumerate(self.track(paths, what)):
+            folder, name = os.path.split(path)
+            if folder not in listed:
+                listed[folder] = _names_in(folder)
+            there[i] = name in listed[folder]
+            if not there[i]:
+                self.error(f'{what} that are not there', path)
+        return there
+
+    def check_maps_without_image(self, dataset: BaseDataset, maps: Sequence[str]) -> None:
+        """Warn of label maps that no image asks for, unless a file lists the images."""
+        folder = dataset.data_prefix.get('seg_map_path')
+        if dataset.ann_file or not folder or not hasattr(dataset, 'seg_map_suffix'):
+            return
+        known = set(maps)
+        for name in list_dir_or_file(folder, False, True, dataset.seg_map_suffix, recursive=True):
+            if os.path.join(folder, name) not in known:  # noqa: PTH118 (as the data set does)
+                self.warning('label maps without an image', name)
+
+    def check_labels(
+        self,
+        images: Sequence[str],
+        labels: Sequence[int | Sequence[int]],
+        classes: Sequence[str] | None,
+    ) -> None:
+        """Look at the labels of whole images."""
+        labels_of: dict[str, int | Sequence[int]] = {}
+        for image, label in zip(images, labels):
+            if labels_of.setdefault(image, label) != label:
+                both = f'{image}: {labels_of[image]} and {label}'
+                self.error('images with two labels', both)
+        if len(labels_of) < len(images):
+            repeated = f'{len(images) - len(labels_of):,} of {len(images):,} entries'
+            self.warning('lists that name an image again', repeated)
+        if classes is None:
+            return
+        found: Counter = Counter()
+        for image, label in zip(images, labels):
+            for value in np.atleast_1d(label).tolist():
+                found[value] += 1
+                if not 0 <= value < len(classes):
+                    which = f'{image}: {value}, with {len(classes)} classes'
+                    self.error('labels out of range', which)
+        for label, name in enumerate(classes):
+            if not found[label]:
+                self.warning('classes without images', str(name))
+
+    def check_image(self, dataset: BaseDataset, info: dict) -> Counter:
+        """Decode an image and its label map; pixels of each value of the map."""
+        backend_args = getattr(dataset, 'backend_args', None)
+        image = self.decode('images', info['img_path'], 'color', backend_args)
+        height, width = info.get('height'), info.get('width')
+        if image is not None and height and image.shape[:2] != (height, width):
+            found = f'is {image.shape[1]}x{image.shape[0]}, annotated as {width}x{height}'
+            self.error('images of another size than annotated', f'{info["img_path"]} {found}')
+        path = info.get('seg_map_path')
+        if not path or not hasattr(dataset, 'reduce_zero_label'):
+            return Counter()
+        label_map = self.decode('label maps', path, 'unchanged', backend_args)
+        if label_map is None:
+            return Counter()
+        size = None if image is None else image.shape[:2]
+        return check_label_map(self.report, self.split, path, label_map, size, dataset)
+
+    def decode(
+        self, what: str, path: str, flag: str, backend_args: dict | None
+    ) -> np.ndarray | None:
+        """Decode a file, or report that it cannot be."""
+        try:
+            # Pillow refuses files that end early; OpenCV makes the rest of the image grey.
+            content = get(path, backend_args=backend_args)
+            return mmcv.imfrombytes(content, flag=flag, backend='pillow')
+        except Exception as error:  # Decoders raise about anything.
+            self.error(f'{what} that cannot be decoded', f'{path}: {_describe(error)}')
+            return None
+
+    def check_heads(self) -> None:
+        """Compare the number of classes with that of the heads."""
+        heads = [
+            *head_num_classes(self.cfg.get('model')),
+            *head_num_classes(self.cfg.get('data_preprocessor'), 'data_preprocessor'),
+        ]
+        for name, num_classes in heads:
+            if self.classes and num_classes != len(self.classes):
+                self.error(
+                    'num_classes that do not fit the data',
+                    f'{name} is {num_classes}, the data set has {len(self.classes)} classes',
+                )
+
+    def compare_classes(self, other: _SplitInspection) -> None:
+        """Labels must mean the same in two splits."""
+        if self.classes and other.classes and list(self.classes) != list(other.classes):
+            pairs = zip([*other.classes, None], [*self.classes, None])
+            first = next(f'{theirs!r} and {mine!r}' for theirs, mine in pairs if theirs != mine)
+            self.error(
+                'classes that differ between splits', f'{other.split} and {self.split}: {first}'
+            )
+
+    def check_pipeline(self, dataset: BaseDataset) -> int:
+        """Load a few samples as training and evaluation do; how many."""
+        number = min(PIPELINE_SAMPLES, len(dataset))
+        chosen = np.sort(self.rng.choice(len(dataset), number, replace=False))
+        loaded = 0
+        for i in self.track(chosen, 'pipeline'):
+            try:
+                sample = dataset[int(i)]
+            except Exception as error:  # Pipelines raise about anything.
+                where = f'sample {i}, {_image_of(dataset, int(i))}: {_describe(error)}'
+                self.error('samples that the pipeline cannot load', where)
+                continue
+            loaded += 1
+            if not isinstance(sample, dict) or 'inputs' not in sample:
+                self.error(
+                    "samples without 'inputs', which a transform as PackDetInputs makes last",
+                    f'{i}: {list(sample) if isinstance(sample, dict) else type(sample).__name__}',
+                )
+        return loaded
+
+
+def _names_in(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+
+
+def _type_name(part: dict) -> str:
+    return part['type'].__name__ if isinstance(part['type'], type) else part['type']
+
+
+def _sources(part: dict) -> str:
+    """Where a data set looks for images, to find out why there are none."""
+    keys = ('data_root', 'data_prefix', 'ann_file', 'img_suffix', 'seg_map_suffix', 'filter_cfg')
+    return ', '.join(f'{key}={part[key]!r}' for key in keys if part.get(key))
+
+
+def _image_of(dataset: BaseDataset, i: int) -> str:
+    """The file of a sample; of one that is mixed of several, nobody knows."""
+    if not hasattr(dataset, 'get_data_info'):
+        return 'of several images'
+    return str(dataset.get_data_info(i).get('img_path'))
+
+
+def _describe(error: Exception) -> str:
+    return f'{type(error).__name__}: {error}'.strip()

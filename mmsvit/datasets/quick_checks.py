@@ -1,0 +1,220 @@
+"""Finding wrong data before any work is lost to it: cheap checks, made before every run.
+
+:mod:`mmsvit.datasets.inspection` is the thorough look, on demand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.fileio import list_from_file
+from mmengine.registry import DATASETS
+
+from .coco_annotations import count_left_out
+
+
+def dataset_configs(cfg: dict) -> Iterator[dict]:
+    """The innermost data sets of a data set config with its wrappers."""
+    if 'dataset' in cfg:
+        yield from dataset_configs(cfg['dataset'])
+    elif 'datasets' in cfg:
+        for inner in cfg['datasets']:
+            yield from dataset_configs(inner)
+    else:
+        yield cfg
+
+
+def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Check the data that a config names, before anything is built.
+
+    Every file and folder must be there, an evaluator must use the annotations of its data
+    set, and COCO annotations must have the classes of the config, in that order.
+    MMDetection by itself ends in "need at least one array to concatenate" where no class
+    matches, trains without those that do not, and shows wrong names where the order
+    differs. Paths on a storage service (``s3://...``, ``backend_args``) are left to its
+    client.
+
+    Args:
+        cfg: A whole config.
+        splits: Which of ``'train'``, ``'val'`` and ``'test'`` to check.
+
+    Raises:
+        FileNotFoundError: Something is not there; the message lists all that is not.
+        ValueError: Annotations cannot be read, or do not match.
+    """
+    datasets = {
+        split: [
+            dataset
+            for dataset in dataset_configs(cfg[f'{split}_dataloader']['dataset'])
+            if not dataset.get('backend_args')
+        ]
+        for split in splits
+        if cfg.get(f'{split}_dataloader')
+    }
+    missing: list[str] = []
+    for split, parts in datasets.items():
+        for part in parts:
+            missing += _missing_paths(split, part)
+        files = {_local(part.get('data_root'), part.get('ann_file')) for part in parts}
+        for evaluator in _as_list(cfg.get(f'{split}_evaluator')):
+            file = _local(None, evaluator.get('ann_file'))
+            if file is None or evaluator.get('backend_args'):
+                continue
+            if not file.exists():
+                missing.append(f'{split}_evaluator.ann_file: {file.absolute()}')
+            elif files - {None} and file.resolve() not in {f.resolve() for f in files if f}:
+                raise ValueError(
+                    f'{split}_evaluator.ann_file is {str(file)!r}, but the data set has '
+                    f'{[str(f) for f in files if f]}: set both to the same file'
+                )
+    if missing:
+        raise FileNotFoundError(
+            'the config names data that is not there:\n  '
+            + '\n  '.join(missing)
+            + '\nPut the data there, or set data_root, ann_file and data_prefix of the data sets '
+            'and ann_file of the evaluators to where it is.'
+        )
+    with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+        for split, parts in datasets.items():
+            for part in parts:
+                kind: Any = part['type']
+                if not isinstance(kind, type):
+                    kind = registry.get(kind)
+                file = _local(part.get('data_root'), part.get('ann_file'))
+                if file is not None and hasattr(kind, 'COCOAPI'):
+                    classes = {**kind.METAINFO, **(part.get('metainfo') or {})}.get('classes')
+                    check_classes(split, str(file), classes, kind)
+
+
+def _as_list(value: dict | list | None) -> list[dict]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _local(root: str | None, path: str | None) -> Path | None:
+    """A path below a data root, unless it is not given or not on this machine."""
+    if not path or '://' in (root or '') + path:
+        return None
+    return Path(root or '') / path
+
+
+def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
+    root = dataset.get('data_root')
+    named = {'data_root': _local(None, root), 'ann_file': _local(root, dataset.get('ann_file'))}
+    prefixes = dataset.get('data_prefix')
+    kind = getattr(dataset['type'], '__name__', str(dataset['type'])).rpartition('.')[2]
+    if kind == 'ImageNet' and not prefixes and dataset.get('split'):
+        named['split'] = _local(root, dataset['split'])  # A folder of the name of the split.
+    elif isinstance(prefixes, str):
+        named['data_prefix'] = _local(root, prefixes)
+    elif prefixes:
+        named.update((f'data_prefix.{key}', _local(root, value)) for key, value in prefixes.items())
+    for name, path in named.items():
+        if path is not None and not path.exists():
+            yield f'{split}_dataloader.dataset.{name}: {path.absolute()}'
+
+
+@cache  # COCO's file takes seconds to read, and all checks want it.
+def read_coco(ann_file: str) -> tuple[list[str], Counter]:
+    """Names of the categories, and how often what MMDetection leaves out without a word is there."""
+    try:
+        content = json.loads(Path(ann_file).read_text())
+        names = [category['name'] for category in content['categories']]
+        return names, count_left_out(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{ann_file!r} is not an annotation file in COCO format '
+            f'({type(error).__name__}: {error})'
+        ) from error
+
+
+def check_classes(
+    split: str, ann_file: str, classes: Sequence[str] | str | None, kind: type[BaseDataset]
+) -> None:
+    """Check the classes of a config against an annotation file in COCO format.
+
+    Args:
+        split: For the message.
+        ann_file: The annotation file.
+        classes: Those of the config: names, a text file of them, or None for any.
+        kind: The class of the data set.
+
+    Raises:
+        ValueError: The file cannot be read, lacks some, or has them in another order.
+    """
+    if classes is None:
+        return
+    if isinstance(classes, str):
+        classes = list_from_file(classes)
+    names, _ = read_coco(ann_file)
+    absent = [name for name in classes if name not in names]
+    if absent:
+        raise ValueError(
+            f'the {split} annotations {ann_file!r} do not have the classes {absent} that the '
+            f'config names; they have {names}. Set metainfo.classes of the data set to names of '
+            'the file (and num_classes of the heads to how many they are).'
+        )
+    in_file_order = [name for name in names if name in classes]
+    # A subclass with its own way to load may order them by itself, as Objects365's do.
+    plain = kind.load_data_list.__qualname__ == 'CocoDataset.load_data_list'
+    if plain and in_file_order != list(classes):
+        raise ValueError(
+            f'metainfo.classes of the {split} data set is in another order than {ann_file!r}, '
+            f'which decides the labels. Set it to {tuple(in_file_order)}'
+        )
+
+
+def built_datasets(dataset: object) -> Iterator[BaseDataset]:
+    """The innermost data sets of a built data set with its wrappers."""
+    if hasattr(dataset, 'datasets'):
+        for inner in dataset.datasets:
+            yield from built_datasets(inner)
+    elif hasattr(dataset, 'dataset'):
+        yield from built_datasets(dataset.dataset)
+    elif isinstance(dataset, BaseDataset):
+        yield dataset
+
+
+def check_class_folders(datasets: dict[str, object]) -> None:
+    """Check that folders of images, one for each class, mean the same labels everywhere.
+
+    mmpretrain numbers the folders of each split by themselves, in alphabetical order.
+
+    Args:
+        datasets: Built data sets by split; those without such folders are left out.
+
+    Raises:
+        ValueError: Folders differ between the splits, or are in another order than the classes
+            of the config.
+    """
+    parts = [
+        (split, part)
+        for split, dataset in datasets.items()
+        for part in built_datasets(dataset)
+        if getattr(part, 'folder_to_idx', None)
+    ]
+    if not parts:
+        return
+    first, expected = parts[0][0], list(parts[0][1].folder_to_idx)
+    for split, part in parts:
+        found = list(part.folder_to_idx)
+        if found != expected:
+            raise ValueError(
+                f'the {split} data set numbers its classes by other folders than the {first} data '
+                f'set: only {first} has {sorted(set(expected) - set(found))}, only {split} has '
+                f'{sorted(set(found) - set(expected))}. Make the same folders, even if empty.'
+            )
+        classes = part.metainfo['classes']
+        if sorted(classes) == sorted(found) and list(classes) != found:
+            raise ValueError(
+                f'metainfo.classes of the {split} data set is in another order than the folders, '
+                f'which decide the labels. Set it to {tuple(found)}'
+            )

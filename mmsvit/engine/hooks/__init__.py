@@ -1,0 +1,23 @@
+"""All hooks of mmsvit; importing this package registers them."""
+
+from .bad_samples_hook import BadSamplesHook
+from .check_dataset_hook import CheckDatasetHook
+from .deploy_hook import DeployHook
+from .exact_resume_hook import ExactResumeHook
+from .non_finite_hook import NonFiniteHook
+from .safe_checkpoint_hook import SafeCheckpointHook
+from .stop_signal_hook import StopSignalHook
+from .strict_checkpoint_hook import StrictCheckpointHook
+from .super_token_visualization_hook import SuperTokenVisualizationHook
+
+__all__ = [
+    'BadSamplesHook',
+    'CheckDatasetHook',
+    'DeployHook',
+    'ExactResumeHook',
+    'NonFiniteHook',
+    'SafeCheckpointHook',
+    'StopSignalHook',
+    'StrictCheckpointHook',
+    'SuperTokenVisualizationHook',
+]

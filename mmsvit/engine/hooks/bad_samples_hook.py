@@ -1,0 +1,145 @@
+"""Training data that cannot be read, in the middle of a run."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from ctypes import c_int64
+from multiprocessing import Array
+from multiprocessing.sharedctypes import SynchronizedArray
+from pathlib import Path
+
+from mmengine.dataset import Compose
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from PIL import Image
+
+from ...datasets.quick_checks import built_datasets
+from ...registry import HOOKS
+
+# First and last bytes of formats that OpenCV reads without a word if the end is missing.
+_BEGIN_AND_END = ((b'\xff\xd8', b'\xff\xd9'), (b'\x89PNG', b'IEND\xaeB`\x82'))
+_TAIL = 64  # bytes: some programs write a few of their own after the end
+
+
+def refuse_truncated(path: str | Path) -> None:
+    """Refuse a JPEG or PNG file that ends too early, of which OpenCV would make the rest grey.
+
+    Cheap: only where the last bytes are not as they should be is the image decoded, by Pillow.
+
+    Raises:
+        OSError: It ends too early, is not there or cannot be read.
+    """
+    with Path(path).open('rb') as file:
+        head = file.read(4)
+        file.seek(max(0, file.seek(0, 2) - _TAIL))
+        tail = file.read()
+    if any(head.startswith(begin) and end not in tail for begin, end in _BEGIN_AND_END):
+        with Image.open(path) as image:
+            image.load()
+
+
+class GuardedPipeline(Compose):
+    """The transforms of a data set; samples on which one fails are left out, up to a limit.
+
+    Args:
+        pipeline: The transforms.
+        limit: Different samples that may be left out.
+        seen: Checksums of those that were, shared by all data workers; the first entry is their
+            number.
+        split: For messages.
+    """
+
+    def __init__(self, pipeline: Compose, limit: int, seen: SynchronizedArray, split: str) -> None:
+        self.transforms = pipeline.transforms
+        self.limit, self.seen, self.split = limit, seen, split
+
+    def __call__(self, data: dict) -> dict | None:
+        """Run the transforms; None makes MMEngine's data set take another sample.
+
+        Raises:
+            RuntimeError: One failed, and the limit has been reached.
+        """
+        # Transforms write into `data`.
+        files = [data.get(key) for key in ('img_path', 'seg_map_path')]
+        # All of them: many decoders' errors do not say which file they are about.
+        name = ', '.join(map(str, filter(None, files))) or str(data.get('sample_idx', 'unknown'))
+        try:
+            for file in files:
+                if isinstance(file, (str, Path)) and '://' not in str(file):
+                    refuse_truncated(file)
+            return super().__call__(data)
+        except Exception as error:  # Decoders and transforms raise about anything.
+            self._leave_out(name, error)
+            return None
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        why = f'{name}: {type(error).__name__}: {error}'
+        if not self.limit:
+            raise RuntimeError(f'a {self.split} sample cannot be loaded: {why}') from error
+        key = zlib.crc32(name.encode())
+        with self.seen.get_lock():
+            number = self.seen[0]
+            if key in self.seen[1 : number + 1]:
+                return
+            if number < self.limit:
+                self.seen[0] = number + 1
+                self.seen[number + 1] = key
+        if number >= self.limit:
+            raise RuntimeError(
+                f'one more {self.split} sample cannot be loaded, and {self.limit} have been left '
+                f'out, the limit (default_hooks.bad_samples.max_skipped): {why}'
+            ) from error
+        print_log(
+            f'{self.split} sample left out, number {number + 1} of at most {self.limit}: {why}',
+            'current',
+            logging.WARNING,
+        )
+
+
+@HOOKS.register_module()
+class BadSamplesHook(Hook):
+    """Leave out training samples that cannot be loaded, with a counted warning, up to a limit.
+
+    A missing or unreadable image, one that ends too early, annotations on which a transform fails.
+    Another random sample takes the place. Evaluation leaves out nothing, as its numbers would be
+    about something else: it stops with the name of the file.
+
+    Args:
+        max_skipped: Different samples that a process and its data workers may leave out; the
+            next one ends the run. 0: the first one does.
+
+    Raises:
+        ValueError: ``max_skipped`` is negative.
+    """
+
+    priority = 'HIGH'  # After CheckDatasetHook, which looks at the data sets.
+
+    def __init__(self, max_skipped: int = 10) -> None:
+        if max_skipped < 0:
+            raise ValueError(f'max_skipped must be 0 or more, found {max_skipped}')
+        self.max_skipped = max_skipped
+        self.seen = Array(c_int64, max_skipped + 1)
+
+    def before_train(self, runner: Runner) -> None:
+        """Put the guards in place, before the data workers start."""
+        self._guard(runner.train_dataloader.dataset, self.max_skipped, 'training')
+        if runner.val_loop is not None:
+            self._guard(runner.val_dataloader.dataset, 0, 'validation')
+
+    def before_test(self, runner: Runner) -> None:
+        """Guard the test data: no sample is skipped."""
+        self._guard(runner.test_dataloader.dataset, 0, 'test')
+
+    def after_train(self, runner: Runner) -> None:
+        """Say how many there were."""
+        if self.seen[0]:
+            runner.logger.warning(
+                f'{self.seen[0]} training samples could not be loaded and were left out.'
+            )
+
+    def _guard(self, dataset: object, limit: int, split: str) -> None:
+        for part in built_datasets(dataset):
+            if not isinstance(part.pipeline, GuardedPipeline):
+                part.pipeline = GuardedPipeline(part.pipeline, limit, self.seen, split)

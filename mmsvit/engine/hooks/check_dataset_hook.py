@@ -1,0 +1,87 @@
+"""Built data sets checked before the first iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from mmengine.dataset import BaseDataset
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import nn
+
+from ...datasets.quick_checks import built_datasets, check_class_folders, check_classes, read_coco
+from ...registry import HOOKS
+
+
+@HOOKS.register_module()
+class CheckDatasetHook(Hook):
+    """Check built data sets before the first iteration, whichever tool started the run.
+
+    The classes as :func:`check_data` does, those of image folders, that the first image and
+    label map exist, and that a segmentor or classifier has as many classes (of a detector,
+    MMDetection's ``NumClassCheckHook`` sees to it). (A stock tool fails by itself, if less
+    clearly, where files are missing or no class matches.)
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Runner) -> None:
+        """Check training and validation data.
+
+        Raises:
+            ValueError, FileNotFoundError: What is wrong, and with which data set.
+        """
+        datasets = {'train': runner.train_dataloader.dataset}
+        if runner.val_loop is not None:
+            datasets['val'] = runner.val_dataloader.dataset
+        check_class_folders(datasets)
+        for split, dataset in datasets.items():
+            self._check(split, dataset, runner)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check test data.
+
+        Raises:
+            ValueError, FileNotFoundError: What is wrong, and with which data set.
+        """
+        check_class_folders({'test': runner.test_dataloader.dataset})
+        self._check('test', runner.test_dataloader.dataset, runner)
+
+    def _check(self, split: str, dataset: object, runner: Runner) -> None:
+        model = runner.model
+        for part in built_datasets(dataset):
+            if getattr(part, 'backend_args', None):
+                continue
+            if hasattr(part, 'COCOAPI') and '://' not in part.ann_file:
+                classes = part.metainfo.get('classes')
+                check_classes(split, part.ann_file, classes, type(part))
+                if classes is not None:
+                    _warn_of_left_out(runner, split, part)
+            if hasattr(part, 'reduce_zero_label'):
+                _check_num_classes(split, part.metainfo['classes'], model)
+            if getattr(part, 'folder_to_idx', None):
+                _check_num_classes(split, part.folder_to_idx, model)
+            first = part.get_data_info(0)
+            for file in (first.get('img_path'), first.get('seg_map_path')):
+                if file and '://' not in file and not Path(file).is_file():
+                    raise FileNotFoundError(
+                        f'{file!r}, the first one of the {split} data set {part.ann_file!r}, does '
+                        f'not exist; is data_prefix right? It is {part.data_prefix}'
+                    )
+
+
+def _warn_of_left_out(runner: Runner, split: str, dataset: BaseDataset) -> None:
+    for what, number in read_coco(dataset.ann_file)[1].items():
+        runner.logger.warning(f'{number:,} {what} in the {split} annotations {dataset.ann_file!r}')
+
+
+def _check_num_classes(split: str, classes: Collection[str], model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        count = getattr(module, 'num_classes', None)
+        if isinstance(count, int) and count != len(classes):
+            raise ValueError(
+                f'{name}.num_classes is {count}, but the {split} data set has {len(classes)} '
+                'classes: set num_classes of every head (decode_head, auxiliary_head), and of the '
+                'data_preprocessor of a classifier, to that'
+            )

@@ -1,0 +1,154 @@
+"""Save a checkpoint and stop when a cluster or a user asks for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+
+from ...registry import HOOKS
+from .safe_checkpoint_hook import SafeCheckpointHook
+
+
+class LeaveSignalsToMain:
+    """Start a data worker that a signal to the whole process group does not end.
+
+    Its main process does, after the checkpoint: by the same signal, which is told apart by who
+    sent it.
+
+    Args:
+        signals: Which.
+        init: What else is to be done at the start of a worker.
+    """
+
+    def __init__(self, signals: Sequence[int], init: Callable[[int], None] | None) -> None:
+        self.signals, self.init = signals, init
+
+    def __call__(self, worker_id: int) -> None:
+        """Set up the worker."""
+        # Blocked in all threads, a signal waits until one asks for it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+        threading.Thread(target=self._wait, daemon=True).start()
+        if self.init is not None:
+            self.init(worker_id)
+
+    def _wait(self) -> None:
+        while signal.sigwaitinfo(self.signals).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+
+def in_accumulation(runner: Runner) -> bool:
+    """Whether gradients wait for more of them, which no checkpoint holds."""
+    wrapper = runner.optim_wrapper
+    return isinstance(wrapper, OptimWrapper) and not wrapper.should_update()
+
+
+@HOOKS.register_module()
+class StopSignalHook(Hook):
+    """Save a checkpoint and leave when a signal asks to.
+
+    The iteration is finished first, and with gradient accumulation the step. All processes stop
+    after the same iteration, whichever of them got the signal. The exit status is 128 plus the
+    number of the signal, as a shell reports a process that it killed: 143 for SIGTERM, 130 for
+    SIGINT (Ctrl-C). A second Ctrl-C leaves at once.
+
+    A signal during evaluation leaves at once if the weights have been saved, else after the first
+    iteration that follows.
+
+    Args:
+        signals: Names of the signals, such as ``'SIGUSR1'``, which SLURM can send ahead of time.
+
+    Raises:
+        ValueError: There is no signal of that name.
+    """
+
+    priority = 'LOWEST'  # After everything that belongs to an iteration.
+
+    def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGINT')) -> None:
+        unknown = [name for name in signals if not hasattr(signal, name)]
+        if unknown:
+            raise ValueError(f'unknown signals {unknown}, expected names such as SIGTERM')
+        self.signals = [int(getattr(signal, name)) for name in signals]
+        self._received = 0
+        self._before: dict[int, Callable | int | None] = {}
+        self._checkpoint_hook: SafeCheckpointHook | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Listen from now on."""
+        hooks = [hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)]
+        in_main = threading.current_thread() is threading.main_thread()
+        if not hooks or not in_main:
+            why = 'no mmsvit.SafeCheckpointHook to save with' if in_main else 'not in a main thread'
+            runner.logger.warning(f'Signals will stop this run without a checkpoint: {why}.')
+            return
+        self._checkpoint_hook = hooks[0]
+        for number in self.signals:
+            self._before[number] = signal.signal(number, self._receive)
+        loaders = [runner.train_dataloader]
+        if runner.val_loop is not None:
+            loaders.append(runner.val_dataloader)
+        for loader in loaders:
+            loader.worker_init_fn = LeaveSignalsToMain(self.signals, loader.worker_init_fn)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: object = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Stop, if a process was asked to.
+
+        Raises:
+            SystemExit: With the exit status.
+        """
+        if self._checkpoint_hook is None or in_accumulation(runner):
+            return
+        received = torch.tensor(self._received)
+        all_reduce(received, 'max')
+        if received:
+            name = signal.Signals(int(received)).name
+            runner.logger.warning(f'{name}: saving a checkpoint after {runner.iter + 1} iterations')
+            self._checkpoint_hook.save_between(runner)
+            self._leave(runner, int(received), self._checkpoint_hook.last_ckpt)
+
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: object = None,
+        outputs: object = None,
+    ) -> None:
+        """Stop at once where nothing would be lost.
+
+        Raises:
+            SystemExit: With the exit status.
+        """
+        hook = self._checkpoint_hook
+        if self._received and hook is not None and hook.saved_iter == runner.iter:
+            self._leave(runner, self._received, hook.last_ckpt)
+
+    def after_train(self, runner: Runner) -> None:
+        """Let signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _leave(self, runner: Runner, number: int, checkpoint: str) -> None:
+        runner.logger.warning(
+            f'{signal.Signals(number).name}: saved {checkpoint} and stopped; continue with --resume'
+        )
+        raise SystemExit(128 + number)

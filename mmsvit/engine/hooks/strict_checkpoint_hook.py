@@ -1,0 +1,48 @@
+"""No run with weights that are only half loaded."""
+
+from __future__ import annotations
+
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, load_state_dict
+
+from ...checkpoint.loading import check_fit
+from ...checkpoint.published import backbone_state_dict, model_state_dict
+from ...models.mm_models import backbones_by_name, unwrap
+from ...registry import HOOKS
+
+
+@HOOKS.register_module()
+class StrictCheckpointHook(Hook):
+    """Load a whole model's checkpoint (``load_from``, ``resume``, a test) exactly or not at all.
+
+    MMEngine itself only warns about weights that are missing, unexpected or of another
+    shape. The authors' classifier is taken as it is, under mmpretrain's names.
+
+    Args:
+        backbone_only: Whether the rest of the model may differ, as heads do that were
+            trained for other classes.
+    """
+
+    priority = 'VERY_HIGH'  # Before EMAHook, which copies what is loaded.
+
+    def __init__(self, backbone_only: bool = False) -> None:
+        self.backbone_only = backbone_only
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Try the weights before the runner loads them.
+
+        Raises:
+            RuntimeError, ValueError: They do not fit, or there are none; the message names them.
+        """
+        weights = model_state_dict(checkpoint)
+        if self.backbone_only:
+            for name, backbone in backbones_by_name(unwrap(runner.model)).items():
+                # To both branches of its semi-supervised detectors MMDetection gives the weights
+                # of a plain one.
+                inside = any(key.startswith(f'{name}.') for key in weights)
+                found = backbone_state_dict(weights, name if inside else 'backbone')
+                check_fit(found, backbone.state_dict(), f'load_from={runner._load_from!r}')
+        else:
+            load_state_dict(runner.model, weights, strict=True)
+        if weights is not checkpoint:
+            checkpoint['state_dict'] = weights

@@ -1,0 +1,153 @@
+"""Pictures of super tokens while a model is trained, in whatever the config's visualizer writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel
+from mmengine.runner import Runner
+
+from ...models.mm_models import find_svit, unwrap
+from ...registry import HOOKS
+from ...visualization.drawing import AttentionPoint, seen_image, super_token_sheet
+from ...visualization.super_token_maps import SuperTokenRecorder
+
+
+@HOOKS.register_module()
+class SuperTokenVisualizationHook(Hook):
+    """Draw super tokens of training images now and then, and of the first images of a validation.
+
+    In a config: ``custom_hooks = [dict(type='mmsvit.SuperTokenVisualizationHook')]``; with
+    ``vis_backends`` of local files and TensorBoard, both get them. A config that has
+    ``custom_hooks`` already needs them in the new list, too.
+
+    Args:
+        interval: Training steps from one picture to the next; 0 for none.
+        val_images: How many images of each validation, and of a test, from the first on.
+        stages: Which stages, counted from 0; by default those with super tokens.
+        block: Which block of each, counted from 0, or from -1 backwards.
+        point: Where attention is looked at from, as fractions of width and height.
+    """
+
+    priority = 'LOW'
+
+    def __init__(
+        self,
+        interval: int = 500,
+        val_images: int = 2,
+        stages: Sequence[int] | None = None,
+        block: int = -1,
+        point: tuple[float, float] = (0.5, 0.5),
+    ) -> None:
+        if interval < 0 or val_images < 0:
+            raise ValueError(
+                f'interval and val_images must be 0 or more, found {interval} and {val_images}'
+            )
+        self.interval = interval
+        self.val_images = val_images
+        self.stages = stages
+        self.block = block
+        self.point = AttentionPoint(*point)
+        self._drawn = 0
+        self._recorder: SuperTokenRecorder | None = None
+
+    def _record(self, runner: Runner, max_images: int) -> SuperTokenRecorder:
+        return SuperTokenRecorder(
+            find_svit(unwrap(runner.model)), self.stages, self.block, max_images
+        )
+
+    def before_run(self, runner: Runner) -> None:
+        """Refuse a model that cannot be drawn before it is trained.
+
+        Raises:
+            ValueError: It has no SViT, or that has no such stage or block or none with super
+                tokens, or its input is no colour image, or it is compiled.
+        """
+        if runner.cfg.get('compile'):
+            # The compiled step does not see forward hooks that come later, as a recorder's.
+            raise ValueError(
+                "SuperTokenVisualizationHook cannot look into a compiled step: leave out the config's "
+                '`compile` or this hook (tools/visualize_super_tokens.py draws from checkpoints)'
+            )
+        backbone = self._record(runner, 1).backbone
+        if backbone.in_channels != 3:
+            raise ValueError(
+                f'only images of 3 channels can be drawn, found in_channels={backbone.in_channels}'
+            )
+
+    def _start(self, runner: Runner, max_images: int) -> None:
+        self._recorder = self._record(runner, max_images)
+        self._recorder.__enter__()
+
+    def _draw(self, runner: Runner, data_batch: dict | None, name: str, step: int) -> int:
+        """Draw what was recorded since the step began, and stop recording."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is None or data_batch is None:
+            return 0
+        recorder.__exit__()
+        all_maps = recorder.maps()
+        for i, maps in enumerate(all_maps):
+            inputs = data_batch['inputs']
+            # Several branches, as for semi-supervised training, come as a dict.
+            images = recorder.images if isinstance(inputs, dict) else inputs
+            preprocessor = unwrap(runner.model).data_preprocessor
+            image = seen_image(preprocessor, recorder.images[i], images[i].shape[-2:])
+            number = '' if name == 'train' else f'_{self._drawn + i}'
+            sheet = super_token_sheet(image, maps, self.point, f'{name}, step {step}')
+            runner.visualizer.add_image(f'super_tokens_{name}{number}', sheet, step)
+        return len(all_maps)
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Begin to record in a step that is to be drawn; on the first of several processes."""
+        if self.every_n_train_iters(runner, self.interval) and runner.rank == 0:
+            self._start(runner, 1)
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
+        """Draw the first image of the step's batch."""
+        self._draw(runner, data_batch, 'train', runner.iter + 1)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Begin to count."""
+        self._drawn = 0
+
+    before_test_epoch = before_val_epoch
+
+    def before_val_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Begin to record until enough images are drawn; on the first of several processes.
+
+        Not with test-time augmentation, which runs each image several times.
+        """
+        if isinstance(unwrap(runner.model), BaseTTAModel):
+            return
+        if self._drawn < self.val_images and runner.rank == 0:
+            self._start(runner, self.val_images - self._drawn)
+
+    before_test_iter = before_val_iter
+
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: Sequence | None = None,
+    ) -> None:
+        """Draw the images of the batch."""
+        self._drawn += self._draw(runner, data_batch, 'val', runner.iter)
+
+    after_test_iter = after_val_iter
+
+    def after_run(self, runner: Runner) -> None:
+        """Leave the model as it was, also where a step broke off."""
+        if self._recorder is not None:
+            self._recorder.__exit__()

@@ -1,0 +1,97 @@
+"""The public operations of a block beside super token sampling: FFN, convolution, layout.
+
+Layers that a backend cannot compute from their weights alone
+(:func:`mmsvit.ops.standard_layers.is_standard`) are called, whatever the backend.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import torch_backend
+from .backend import backend_for
+from .standard_layers import is_standard
+
+
+def conv_ffn(
+    x: Tensor,
+    fc1: nn.Module,
+    act: nn.Module,
+    dwconv: nn.Module | None,
+    fc2: nn.Module,
+    drop: nn.Module,
+    residual: bool = False,
+    backend: str = 'auto',
+) -> Tensor:
+    """Linear, GELU, ``h + dwconv(h)`` with a depthwise 3x3 convolution, linear (paper, Sec. 3.3).
+
+    Args:
+        x: ``(N, H, W, C)``, any floating dtype.
+        fc1: From C channels to D.
+        act: The activation.
+        dwconv: The convolution of D channels, ``(N, D, H, W)`` to the same; None for none.
+        fc2: From D channels to C.
+        drop: Dropout, after ``act`` and after ``fc2``.
+        residual: Whether to add ``x``. The sum may be written into ``x`` where no gradient is
+            needed.
+        backend: See :func:`choose_backend`.
+
+    Returns:
+        ``(N, H, W, C)``.
+
+    Raises:
+        ValueError, RuntimeError: See :func:`choose_backend`.
+    """
+    chosen = backend_for(x, backend)
+    if (
+        dwconv is None
+        or chosen is torch_backend
+        or not all(map(is_standard, (fc1, act, dwconv, fc2, drop)))
+    ):
+        return torch_backend.conv_ffn(x, fc1, act, dwconv, fc2, drop, residual)
+    return chosen.conv_ffn(x, fc1, act, dwconv, fc2, drop, residual)
+
+
+def add_depthwise_conv(x: Tensor, conv: nn.Module, backend: str = 'auto') -> Tensor:
+    """``x + conv(x)`` with a depthwise 3x3 convolution.
+
+    Args:
+        x: ``(N, H, W, C)``, any floating dtype.
+        conv: ``(N, C, H, W)`` to the same.
+        backend: See :func:`choose_backend`.
+
+    Returns:
+        ``(N, H, W, C)``.
+
+    Raises:
+        ValueError, RuntimeError: See :func:`choose_backend`.
+    """
+    chosen = backend_for(x, backend)
+    if chosen is torch_backend or not is_standard(conv):
+        return torch_backend.add_depthwise_conv(x, conv)
+    return chosen.add_depthwise_conv(x, conv)
+
+
+def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor, backend: str = 'auto') -> Tensor:
+    """``gelu(x) * scale + shift``, written into ``x`` where no gradient is needed.
+
+    Args:
+        x: ``(N, H, W, C)``, any floating dtype.
+        scale: ``(C,)``.
+        shift: ``(C,)``.
+        backend: See :func:`choose_backend`.
+
+    Returns:
+        ``(N, H, W, C)`` in the dtype of ``x``.
+    """
+    return backend_for(x, backend).gelu_affine(x, scale, shift)
+
+
+def channels_first(x: Tensor, backend: str = 'auto') -> Tensor:
+    """The contiguous map that necks and heads expect, ``(N, H, W, C)`` to ``(N, C, H, W)``.
+
+    Args:
+        x: ``(N, H, W, C)``.
+        backend: See :func:`choose_backend`.
+    """
+    return backend_for(x, backend).channels_first(x)

@@ -1,0 +1,60 @@
+"""Which layers a backend may compute itself from their weights, without calling them.
+
+A layer may have been replaced (low-rank adapters, quantisation), be watched by hooks, have a
+patched ``forward`` (accelerate does that) or other settings. Such a layer runs as written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+# Compared at every call: somebody may replace these methods later, for all layers of a class.
+_FORWARDS: dict[type, Callable] = {
+    kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)
+}
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+    )
+
+
+def _has_standard_settings(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.GELU):
+        return layer.approximate == 'none'
+    if isinstance(layer, nn.Dropout):
+        return layer.p == 0 or not layer.training
+    if isinstance(layer, nn.Conv2d):
+        settings = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        if settings != ((3, 3), (1, 1), (1, 1), (1, 1)) or layer.padding_mode != 'zeros':
+            return False
+        if not layer.groups == layer.in_channels == layer.out_channels:
+            return False
+    # Quantised and sharded weights are subclasses of Tensor.
+    return all(type(values) in (nn.Parameter, Tensor) for values in (layer.weight, layer.bias))
+
+
+def is_standard(layer: nn.Module | None) -> bool:
+    """Whether a layer's weights say all that it does.
+
+    Args:
+        layer: ``nn.Linear`` with a bias, a depthwise 3x3 ``nn.Conv2d`` with padding 1 and a bias,
+            exact ``nn.GELU``, or ``nn.Dropout`` that drops nothing. Anything else, None and
+            subclasses included, is not standard.
+    """
+    return (
+        layer is not None
+        and type(layer) in _FORWARDS
+        and type(layer).forward is _FORWARDS[type(layer)]
+        and 'forward' not in vars(layer)
+        and not _has_hooks(layer)
+        and _has_standard_settings(layer)
+    )

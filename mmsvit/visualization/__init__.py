@@ -1,0 +1,1 @@
+"""Pictures of super tokens, training curves, and the HTML report."""

@@ -1,0 +1,127 @@
+"""The form for inference gives what the trained form gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import GOLDEN, golden_arch, small_arch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmsvit import SViT
+
+
+def trained(**arguments) -> SViT:
+    """A model whose norms and layer scale do something."""
+    torch.manual_seed(0)
+    model = SViT(**{'arch': small_arch(), **arguments})
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            if module.affine:
+                nn.init.normal_(module.weight, 1, 0.3)
+                nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    for name, parameter in model.named_parameters():
+        if 'gamma' in name:
+            nn.init.normal_(parameter, 1, 0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_deploys(model: SViT, x: torch.Tensor) -> None:
+    expected = model(x)
+    model.switch_to_deploy()
+    model.switch_to_deploy()  # again, which must not fold twice
+    for one, other in zip(model(x), expected):
+        assert one.is_contiguous()
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.promise(
+    'Numbers',
+    'Channels-last and contiguous inputs agree; the deployed model agrees with the trained one',
+)
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {},
+        dict(norm_cfg=dict(type='SyncBN', eps=1e-3)),
+        dict(norm_cfg=dict(type='BN', affine=False)),
+        dict(out_indices=(1,), out_norm_cfg=dict(type='BN')),
+        dict(token_sampling='average_pool', pos_embed=False, conv_ffn=False),
+    ],
+)
+def test_outputs_stay_the_same(arguments):
+    assert_deploys(trained(**arguments), torch.randn(2, 3, 61, 90))
+
+
+@pytest.mark.parametrize('name', ['tiny', 'coarse'])
+def test_outputs_of_published_weights_stay_the_same(name):
+    init_cfg = dict(type='Pretrained', checkpoint=str(GOLDEN / f'{name}.pth'))
+    model = SViT(golden_arch(name), init_cfg=init_cfg)
+    model.init_weights()
+    assert_deploys(model.eval(), torch.randn(1, 3, 97, 131))
+
+
+def test_no_batch_norm_and_no_layer_scale_is_left():
+    model = trained()
+    model.switch_to_deploy()
+    assert not any(isinstance(module, _BatchNorm) for module in model.modules())
+    assert not any('gamma' in name for name, _ in model.named_parameters())
+
+
+def test_a_deployed_model_is_not_trained():
+    model = trained()
+    model.switch_to_deploy()
+    with pytest.raises(RuntimeError, match='form for inference, which cannot be trained'):
+        model.train()
+    model.eval()
+
+
+def test_a_deployed_model_takes_no_weights_of_a_trained_one():
+    model = trained()
+    weights = model.state_dict()
+    model.switch_to_deploy()
+    with pytest.raises(RuntimeError, match='load them before switch_to_deploy'):
+        model.load_state_dict(weights, strict=False)
+
+
+@pytest.mark.parametrize('keep_graph', [False, True])
+def test_maps_keep_their_dtype_under_autocast(keep_graph):
+    # Without layer scale: its float32 factors make float32 of what they are not folded into.
+    model, dtypes = trained(out_indices=(0, 1)), []
+    for _ in range(2):
+        for module in (model.stem, *model.stages):
+            module.register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
+        with torch.autocast('cpu', torch.bfloat16), torch.set_grad_enabled(keep_graph):
+            outputs = model(torch.randn(1, 3, 64, 64))
+        dtypes.extend(output.dtype for output in outputs)
+        model.switch_to_deploy()
+    assert set(dtypes) == {torch.bfloat16}
+
+
+def put_another_norm(block):
+    block.norm2 = nn.GroupNorm(1, block.norm2.num_features)
+
+
+def put_an_adapter(block):
+    block.ffn.fc2 = nn.Sequential(block.ffn.fc2)
+
+
+@pytest.mark.parametrize('change', [put_another_norm, put_an_adapter])
+def test_a_replaced_layer_is_refused_and_nothing_is_changed(change):
+    model = trained()
+    change(model.stages[2].blocks[0])
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    with pytest.raises(TypeError, match=r'folded.*found (GroupNorm|Sequential)'):
+        model.switch_to_deploy()
+    for one, other in zip(model(x), expected):
+        assert torch.equal(one, other)
+
+
+def test_norms_without_running_statistics_are_refused():
+    model = SViT(small_arch(), norm_cfg=dict(type='BN', track_running_stats=False))
+    with pytest.raises(ValueError, match=r'track_running_stats=False.*without switch_to_deploy'):
+        model.switch_to_deploy()

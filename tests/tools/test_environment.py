@@ -1,0 +1,279 @@
+"""Setting up an environment, and saying what is wrong with one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import ROOT, fail_if_required, import_tool, run_python
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from mmsvit import check_env
+from mmsvit.compat.mmcv_ext import is_stand_in
+
+
+@pytest.fixture(scope='module')
+def setup_env() -> ModuleType:
+    return import_tool('setup_env')
+
+
+def read_constraints(family: str, python: str) -> dict[str, str]:
+    """The pins for a version of Python, by canonical name."""
+    pins: dict[str, str] = {}
+    for line in (ROOT / f'constraints-{family}.txt').read_text().splitlines():
+        if not line.startswith('#'):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate(
+                {'python_version': python, 'python_full_version': f'{python}.0'}
+            ):
+                name = canonicalize_name(pin.name)
+                assert name not in pins, f'two pins of {name} for Python {python}'
+                pins[name] = str(pin.specifier)
+    return pins
+
+
+def test_this_environment_is_ready(tmp_path):
+    output = run_python('-m', 'mmsvit.check_env', cwd=tmp_path).stdout
+    for part in ('torch', 'mmcv ops', 'family', 'triton', 'attention backend', 'READY'):
+        assert part in output
+
+
+def test_report_without_torch_names_the_fix(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise ModuleNotFoundError("No module named \'torch\'")')
+    code = f'import sys; sys.path.insert(0, {str(tmp_path)!r}); '
+    code += 'from mmsvit import check_env; check_env.main()'
+    result = run_python('-c', code, check=False)
+    assert result.returncode == 1 and 'NOT READY' in result.stdout
+    assert 'requirements.txt' in result.stdout
+
+
+@pytest.mark.parametrize(
+    ('error', 'fix'),
+    [
+        ('operator torchvision::nms does not exist', 'torchvision==0.26.0'),
+        (
+            '/x/mmcv/_ext.cpython-311-x86_64-linux-gnu.so: undefined symbol: _ZN3c10',
+            'another torch',
+        ),
+        ("No module named 'mmcv._ext'", 'the last lines of requirements.txt'),
+        ("No module named 'pkg_resources'", 'setuptools<81'),
+        ('libGL.so.1: cannot open shared object file', 'libgl1'),
+        ('A module that was compiled using NumPy 1.x cannot be run', 'numpy==2.2.6'),
+        ('MMCV==2.3.6 is used but incompatible. Please install mmcv', 'requirements-openmmlab'),
+        ("No module named 'mmdet'", 'requirements.txt'),
+    ],
+)
+def test_known_errors_have_a_fix(error, fix):
+    assert fix in check_env.fix_for(error)
+
+
+def test_mixed_families_are_found(monkeypatch):
+    names = ['onedl-mmengine', 'mmcv-lite', 'torch']
+    found = [SimpleNamespace(metadata={'Name': name}) for name in names]
+    monkeypatch.setattr(metadata, 'distributions', lambda: found)
+    # Not the whole check: what is imported while the metadata are faked stays broken.
+    report = check_env.Report()
+    check_env._check_families(report)
+    (problem,) = (text for text, who in report.problems.items() if who == ['family'])
+    assert 'onedl-mmengine beside mmcv-lite' in problem
+
+
+@pytest.mark.parametrize('family', ['onedl', 'openmmlab'])
+def test_everything_is_pinned(setup_env, family):
+    pins, mmcv = setup_env.read_requirements(family)
+    assert all(re.fullmatch(r'[\w.-]+==[\w.]+', pin) for pin in [*pins, mmcv])
+    names = {pin.split('==')[0] for pin in [*pins, mmcv]}
+    assert set(check_env.FAMILIES[family].values()) <= names
+
+
+@pytest.mark.promise(
+    'Safety',
+    'Every package is pinned to one version',
+    '188 packages (onedl) and 179 (openmmlab), with the tools of developers',
+)
+@pytest.mark.parametrize('python', ['3.10', '3.11', '3.12'])
+@pytest.mark.parametrize('family', ['onedl', 'openmmlab'])
+def test_constraints_hold_the_pins_of_the_requirements(setup_env, family, python):
+    constraints = read_constraints(family, python)
+    assert all(re.fullmatch(r'==[\w.]+', version) for version in constraints.values())
+    for file in (setup_env.REQUIREMENTS[family], setup_env.DEV_REQUIREMENTS):
+        for line in (ROOT / file).read_text().splitlines():
+            if not line or line.startswith('#'):
+                continue
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate({'python_version': python}):
+                assert constraints[canonicalize_name(pin.name)] == str(pin.specifier)
+
+
+def test_everything_that_is_brought_along_is_in_the_constraints():
+    (family,) = check_env.installed_families()
+    constraints = read_constraints(family, '.'.join(map(str, sys.version_info[:2])))
+    missing = {
+        f'{one.name} needs {needed.name}'
+        for one in metadata.distributions()
+        if canonicalize_name(one.name) in constraints
+        for needed in map(Requirement, one.requires or ())
+        if needed.marker is None or needed.marker.evaluate({'extra': ''})
+        if canonicalize_name(needed.name) not in constraints
+    }
+    assert not missing
+
+
+def test_the_environment_is_made_with_the_constraints(setup_env, tmp_path, monkeypatch):
+    commands = []
+    for name in ('run', 'check_python', 'check_disk', 'install_mmcv'):
+        monkeypatch.setattr(setup_env, name, lambda *args: None)
+    monkeypatch.setattr(setup_env, 'install', lambda python, *args: commands.append(args))
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'python').touch()
+    setup_env.set_up('onedl', tmp_path, dev=True, ops='torchvision')
+    resolving = [command for command in commands if '--no-deps' not in command]
+    assert len(resolving) == 2
+    assert all(command[:2] == ('-c', 'constraints-onedl.txt') for command in resolving)
+
+
+def test_an_active_environment_gets_the_test_tools_with_its_constraints(
+    setup_env, monkeypatch, capsys
+):
+    commands = []
+    there = Path('bin', 'python'), 'openmmlab'
+    monkeypatch.setattr(setup_env, 'working_environment', lambda family: there)
+    monkeypatch.setattr(setup_env, 'install', lambda python, *args: commands.append(args))
+    monkeypatch.setattr(sys, 'argv', ['setup_env.py', '--dev'])
+    setup_env.main()
+    assert commands[-1] == ('-c', 'constraints-openmmlab.txt', '-r', 'requirements-dev.txt')
+    assert capsys.readouterr().out == 'bin/python\n'
+
+
+def test_source_distribution_has_what_sets_it_up(tmp_path):
+    source = tmp_path / 'source'
+    source.mkdir()
+    (source / 'mmsvit').mkdir()
+    shutil.copy(ROOT / 'mmsvit' / '__init__.py', source / 'mmsvit')
+    shutil.copytree(ROOT / 'tools', source / 'tools')
+    wanted = {f'tools/{path.name}' for path in (ROOT / 'tools').glob('*.*')}
+    for kind in ('txt', 'md', 'yml', 'py', 'toml'):
+        for path in ROOT.glob(f'[!.]*.{kind}'):
+            shutil.copy(path, source)
+            wanted.add(path.name)
+    shutil.copy(ROOT / 'MANIFEST.in', source)
+    run_python('-c', 'from setuptools.build_meta import build_sdist as f; f(".")', cwd=source)
+    (packed,) = source.glob('*.tar.gz')
+    with tarfile.open(packed) as archive:
+        found = {name.partition('/')[2] for name in archive.getnames()}
+    assert not wanted - found
+
+
+def test_wheels_are_told_apart_by_all_that_matters(setup_env, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    torch = dict(torch='2.11.0+cu130', cuda='13.0', python='cp311', machine='x86_64')
+    torch['arch'] = ['sm90']
+    folders = {setup_env.wheel_folder('mmcv==2.1.0', torch, False)}
+    folders.add(setup_env.wheel_folder('onedl-mmcv==2.3.6', torch, False))
+    folders.add(setup_env.wheel_folder('mmcv==2.1.0', torch, True))
+    for key, value in (('torch', '2.12.0'), ('python', 'cp312'), ('machine', 'aarch64')):
+        folders.add(setup_env.wheel_folder('mmcv==2.1.0', {**torch, key: value}, False))
+    for key, value in (('cuda', '12.8'), ('arch', ['sm80'])):
+        folders.add(setup_env.wheel_folder('mmcv==2.1.0', {**torch, key: value}, True))
+    assert len(folders) == 8 and all(tmp_path in folder.parents for folder in folders)
+
+
+def test_missing_pieces_have_messages(setup_env, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_env, 'NEEDED_GB', 1e9)
+    with pytest.raises(setup_env.SetupError, match='GB are free'):
+        setup_env.check_disk(tmp_path)
+    monkeypatch.setattr(setup_env.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(setup_env.SetupError, match='python3-venv'):
+        setup_env.check_python()
+    monkeypatch.setattr(setup_env, 'MIN_PYTHON', (4, 0))
+    with pytest.raises(setup_env.SetupError, match=r'Python 4\.0 to'):
+        setup_env.check_python()
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    torch = dict(torch='2.11.0', cuda=None, cuda_home=None, python='cp311', machine='x86_64')
+    with pytest.raises(setup_env.SetupError, match='g\\+\\+'):
+        setup_env.build_mmcv(tmp_path / 'python', 'mmcv==2.1.0', tmp_path, torch, False)
+    monkeypatch.setenv('CXX', sys.executable)
+    with pytest.raises(setup_env.SetupError, match='nvcc'):
+        setup_env.build_mmcv(tmp_path / 'python', 'mmcv==2.1.0', tmp_path, torch, True)
+
+
+def test_a_failed_pip_ends_in_one_sentence(setup_env):
+    with pytest.raises(setup_env.SetupError, match=r'pip failed, see above; docs/install\.md'):
+        setup_env.install(Path(sys.executable), '--no-index', 'no-such-package-of-mmsvit')
+
+
+def test_an_environment_of_the_other_family_is_not_touched(setup_env, tmp_path):
+    (tmp_path / 'mmsvit-setup.json').write_text('{"family": "openmmlab", "finished": false}')
+    with pytest.raises(setup_env.SetupError, match='openmmlab'):
+        setup_env.set_up('onedl', tmp_path, dev=False, ops='auto')
+
+
+def test_ops_chosen_before_are_kept(setup_env, tmp_path, monkeypatch):
+    stamp = tmp_path / 'mmsvit-setup.json'
+    made = []
+    for name in ('run', 'install', 'check_python', 'check_disk'):
+        monkeypatch.setattr(setup_env, name, lambda *args: None)
+    monkeypatch.setattr(setup_env, 'install_mmcv', lambda python, mmcv, ops: made.append(ops))
+    monkeypatch.setattr(setup_env, 'works', lambda python: True)
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'python').touch()
+    for dev, ops in ((False, 'torchvision'), (False, 'auto'), (True, 'auto'), (False, 'auto')):
+        setup_env.set_up('onedl', tmp_path, dev=dev, ops=ops)
+    assert made == ['torchvision', 'torchvision']  # again for the test tools, and with the same
+    setup_env.set_up('onedl', tmp_path, dev=False, ops='build')
+    assert made[-1] == 'build' and '"ops": "build"' in stamp.read_text()
+
+
+def test_an_active_environment_must_have_the_family_that_is_asked_for(setup_env, monkeypatch):
+    (family,) = check_env.installed_families()
+    other = {'onedl': 'openmmlab', 'openmmlab': 'onedl'}[family]
+    monkeypatch.setenv('VIRTUAL_ENV', sys.prefix)
+    assert setup_env.working_environment(other) is None
+    python, found = setup_env.working_environment(family)
+    assert Path(sys.prefix) in python.parents and found == family
+    assert setup_env.working_environment(None) == (python, family)
+    monkeypatch.setattr(setup_env, 'works', lambda python: False)
+    assert setup_env.working_environment(family) is None
+
+
+@pytest.mark.parametrize('script', ['quickstart.sh', 'run_tests.sh'])
+def test_scripts_have_help(script):
+    command = ['bash', str(ROOT / 'tools' / script), '--help']
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f'bash tools/{script}' in result.stdout and not result.stderr
+
+
+@pytest.mark.parametrize('compiled', [True, False])
+def test_a_build_without_ops_does_not_pass_for_one_with_them(setup_env, compiled):
+    (names,) = check_env.installed_families().values()
+    name = next(name for name in names if name in ('onedl-mmcv', 'mmcv', 'mmcv-lite'))
+    result = setup_env.try_nms(
+        Path(sys.executable), name, metadata.version(name), 'cpu', compiled=compiled
+    )
+    assert (result.returncode == 0) is (is_stand_in() is not compiled), result.stderr
+
+
+@pytest.mark.parametrize(
+    ('reason', 'outcome'),
+    [
+        ("could not import 'onnx': No module named 'onnx'", 'failed'),
+        ('gradio is not installed: pip install "gradio==6.31.0"', 'failed'),
+        ('chromium is not on the PATH', 'failed'),
+        ('needs CUDA', 'skipped'),
+    ],
+)
+def test_what_is_not_installed_is_no_excuse_if_all_is_required(reason, outcome):
+    for required, expected in ((True, outcome), (False, 'skipped')):
+        report = SimpleNamespace(skipped=True, outcome='skipped', longrepr=('file', 1, reason))
+        fail_if_required(
+            report, SimpleNamespace(getoption=lambda name, required=required: required)
+        )
+        assert report.outcome == expected

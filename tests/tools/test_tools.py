@@ -1,0 +1,303 @@
+"""The whole way through the stock runner: train, save, resume, test, infer."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from argparse import Namespace
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, golden_arch, import_tool, run_python, small_arch
+from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
+from torch import nn
+
+from mmsvit import SViT
+from mmsvit.checkpoint import read_checkpoint
+from mmsvit.compat.mmcv_ext import is_stand_in
+from mmsvit.engine.hooks.strict_checkpoint_hook import StrictCheckpointHook
+
+CONFIG = ROOT / 'configs' / 'svit_maskrcnn_shapes.py'
+MMDET_TOOLS = Path(find_spec('mmdet').origin).parent / '.mim' / 'tools'
+CHECKPOINT_KEYS = ('state_dict', 'optimizer', 'message_hub', 'meta')
+
+
+def options(shapes: Path, *more: str) -> list[str]:
+    """The example config on the small data set: one epoch of four images at a time."""
+    return [
+        '--cfg-options',
+        f'train_dataloader.dataset.data_root={shapes}/',
+        f'val_dataloader.dataset.data_root={shapes}/',
+        f'test_dataloader.dataset.data_root={shapes}/',
+        f'val_evaluator.ann_file={shapes}/annotations/instances_val.json',
+        f'test_evaluator.ann_file={shapes}/annotations/instances_val.json',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        'val_dataloader.num_workers=0',
+        'val_dataloader.persistent_workers=False',
+        'test_dataloader.num_workers=0',
+        'test_dataloader.persistent_workers=False',
+        'train_cfg.val_interval=1',
+        'default_hooks.logger.interval=1',
+        *more,
+    ]
+
+
+@pytest.fixture(scope='module', params=['mmdet', 'mmsvit'])
+def trained(request, shapes, tmp_path_factory):
+    """A run of one epoch and its resumption for a second, by mmdet's own tool and by ours."""
+    tool = {'mmdet': MMDET_TOOLS, 'mmsvit': ROOT / 'tools'}[request.param] / 'train.py'
+    work_dir = tmp_path_factory.mktemp(request.param)
+    # In a folder from which mmsvit cannot be imported by accident.
+    arguments = [tool, CONFIG, '--work-dir', work_dir]
+    run_python(*arguments, *options(shapes, 'train_cfg.max_epochs=1'), cwd=work_dir)
+    assert (work_dir / 'epoch_1.pth').is_file()
+    result = run_python(
+        *arguments, '--resume', *options(shapes, 'train_cfg.max_epochs=2'), cwd=work_dir
+    )
+    return request.param, work_dir, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_trains_resumes_and_evaluates(trained):
+    _, work_dir, output = trained
+    assert 'resumed epoch: 1, iter: 2' in output
+    assert 'coco/bbox_mAP' in output and 'coco/segm_mAP' in output
+    first, second = (torch.load(work_dir / f'epoch_{i}.pth', weights_only=False) for i in (1, 2))
+    assert set(CHECKPOINT_KEYS) <= set(second)
+    assert second['meta']['epoch'] == 2 and second['meta']['iter'] == 4
+    weight = 'backbone.stages.0.blocks.0.attn.attend.qkv.weight'
+    assert not torch.equal(first['state_dict'][weight], second['state_dict'][weight])
+
+
+@pytest.mark.slow
+def test_tests_a_checkpoint(trained, shapes, tmp_path):
+    name, work_dir, _ = trained
+    if name == 'mmdet' and is_stand_in():
+        pytest.skip("MMDetection's test.py imports mmcv's ops before it reads the config")
+    tool = {'mmdet': MMDET_TOOLS, 'mmsvit': ROOT / 'tools'}[name] / 'test.py'
+    out, shown = tmp_path / 'out.pkl', tmp_path / 'shown'
+    run_python(
+        *(tool, CONFIG, work_dir / 'epoch_2.pth', '--work-dir', tmp_path),
+        *('--out', out, '--show-dir', shown),
+        *options(shapes),
+        cwd=tmp_path,
+    )
+    predictions = pickle.loads(out.read_bytes())
+    assert len(predictions) == 4 and 'masks' in predictions[0]['pred_instances']
+    assert len(list(shown.glob('*.jpg'))) == 4
+    (metrics,) = tmp_path.glob('*/*.json')
+    assert 'coco/segm_mAP' in json.loads(metrics.read_text())
+
+
+@pytest.mark.slow
+def test_deployed_backbone_finds_the_same(trained, shapes, tmp_path):
+    name, work_dir, _ = trained
+    if name == 'mmdet':
+        pytest.skip("MMDetection's test.py has no --deploy")
+    scores = []
+    for deploy in ([], ['--deploy']):
+        out = tmp_path / f'{len(deploy)}.pkl'
+        arguments = [CONFIG, work_dir / 'epoch_2.pth', '--work-dir', tmp_path, '--out', out]
+        run_python(ROOT / 'tools' / 'test.py', *arguments, *deploy, *options(shapes), cwd=tmp_path)
+        scores.append(pickle.loads(out.read_bytes())[0]['pred_instances']['scores'])
+    torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(scores[1], scores[0])  # It was another computation.
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_is_refused(trained, shapes, tmp_path):
+    _, work_dir, _ = trained
+    checkpoint = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
+    checkpoint['state_dict'].pop('backbone.stem.0.weight')
+    torch.save(checkpoint, tmp_path / 'less.pth')
+    (tmp_path / 'cut.pth').write_bytes((work_dir / 'epoch_2.pth').read_bytes()[:10_000])
+    for file, message in (('less', 'backbone.stem.0.weight'), ('cut', 'is corrupt or incomplete')):
+        arguments = [CONFIG, tmp_path / f'{file}.pth', '--work-dir', tmp_path, *options(shapes)]
+        result = run_python(ROOT / 'tools' / 'test.py', *arguments, cwd=tmp_path, check=False)
+        assert result.returncode != 0 and message in result.stderr
+
+
+DETECTOR = """
+import sys
+import numpy as np
+from mmdet.apis import inference_detector, init_detector
+config, checkpoint, image, scores = sys.argv[1:]
+model = init_detector(config, checkpoint, device='cpu')
+single = inference_detector(model, image)
+sizes = [(47, 95, 3), (80, 33, 3)]
+several = inference_detector(model, [np.zeros(size, np.uint8) for size in sizes])
+assert len(several) == 2 and 'masks' in several[1].pred_instances
+assert model.dataset_meta['classes'][4] == 'ring'
+np.save(scores, single.pred_instances.scores)
+"""
+
+INFERENCER = """
+import sys
+import numpy as np
+from mmdet.apis import DetInferencer
+config, checkpoint, image, scores, out = sys.argv[1:]
+inferencer = DetInferencer(model=config, weights=checkpoint, device='cpu')
+result = inferencer(image, out_dir=out)['predictions'][0]
+np.testing.assert_allclose(result['scores'], np.load(scores), rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_inference_apis_without_importing_mmsvit(trained, shapes, tmp_path):
+    _, work_dir, _ = trained
+    given = [
+        CONFIG,
+        work_dir / 'epoch_2.pth',
+        shapes / 'val' / '000000.jpg',
+        tmp_path / 'scores.npy',
+    ]
+    # Each in a process of its own: the one must not profit from what the other imports.
+    # (Without compiled ops, mmsvit must be imported before MMDetection.)
+    first = 'import mmsvit\n' if is_stand_in() else ''
+    run_python('-c', first + DETECTOR, *given, cwd=tmp_path)
+    run_python('-c', first + INFERENCER, *given, tmp_path / 'out', cwd=tmp_path)
+    assert (tmp_path / 'out' / 'vis' / '000000.jpg').is_file()
+
+
+@pytest.mark.slow
+def test_super_token_pictures(trained, shapes, tmp_path):
+    _, work_dir, _ = trained
+    run_python(
+        *('tools/visualize_super_tokens.py', *sorted((shapes / 'val').glob('*.jpg'))),
+        *('--config', CONFIG, '--checkpoint', work_dir / 'epoch_2.pth', '--out-dir', tmp_path),
+    )
+    # For each image a sheet, and three pictures of two stages.
+    assert len(list(tmp_path.glob('*.png'))) == 4 * (1 + 2 * 3)
+
+
+@pytest.mark.slow
+def test_two_processes(shapes, tmp_path):
+    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', PORT='29555')
+    command = ['bash', ROOT / 'tools' / 'dist_train.sh', CONFIG, '2', '--work-dir', tmp_path]
+    command += options(shapes, 'train_cfg.max_epochs=1')
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert 'Epoch(train) [1][1/1]' in result.stdout + result.stderr
+    assert (tmp_path / 'epoch_1.pth').is_file()
+
+
+@pytest.mark.parametrize('tool', ['train', 'mmdet'])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ('data', 'none/annotations'),
+        ('classes', "do not have the classes ['hexagon']"),
+        ('checkpoint', 'github.com/hhb072/STViT'),
+        ('heads', 'num_classes'),
+    ],
+)
+def test_bad_input_ends_before_training(tool, change, message, shapes, tmp_path):
+    changes = {
+        'data': "train_dataloader = dict(dataset=dict(data_root='none/'))",
+        'classes': "train_dataloader = dict(dataset=dict(metainfo=dict(classes=('circle', 'hexagon'))))",
+        'checkpoint': "pretrained = dict(_delete_=True, type='Pretrained', checkpoint='x.pth')\n"
+        'model = dict(backbone=dict(init_cfg=pretrained))',
+        'heads': 'model = dict(roi_head=dict(bbox_head=dict(num_classes=7)))',
+    }
+    config = tmp_path / 'changed.py'
+    path = {'train': ROOT / 'tools', 'mmdet': MMDET_TOOLS}[tool] / 'train.py'
+    changed = [] if change == 'data' else [f'train_dataloader.dataset.data_root={shapes}/']
+    config.write_text(f'_base_ = {str(CONFIG)!r}\n{changes[change]}\n')
+    rest = [
+        option for option in options(shapes) if not option.startswith('train_dataloader.dataset')
+    ]
+    arguments = [path, config, '--work-dir', tmp_path, *rest, *changed]
+    result = run_python(*arguments, cwd=tmp_path, check=False)
+    assert result.returncode != 0 and message in result.stderr, result.stderr[-2000:]
+    assert 'Epoch(train)' not in result.stdout + result.stderr
+
+
+def test_missing_config_and_wrong_options(shapes, tmp_path):
+    def fails(*arguments):
+        result = run_python(*arguments, cwd=tmp_path, check=False)
+        assert result.returncode != 0
+        return result.stderr
+
+    assert 'nothing.py' in fails(ROOT / 'tools' / 'train.py', 'nothing.py')
+    test = [ROOT / 'tools' / 'test.py', CONFIG, 'absent.pth', *options(shapes)]
+    assert "'absent.pth' does not exist" in fails(*test)
+    test = [ROOT / 'tools' / 'test.py', CONFIG, 'absent.pth', '--out', 'x.json']
+    assert 'must end in .pkl' in fails(*test)
+    train = [ROOT / 'tools' / 'train.py', CONFIG, '--auto-scale-lr', *options(shapes)]
+    assert '--auto-scale-lr needs auto_scale_lr.base' in fails(*train, 'auto_scale_lr=None')
+
+
+def test_auto_scale_lr_is_applied(shapes, tmp_path):
+    more = ('train_dataloader.batch_size=2', 'train_cfg.max_epochs=0')
+    arguments = ['--work-dir', tmp_path, '--auto-scale-lr', *options(shapes, *more)]
+    result = run_python(ROOT / 'tools' / 'train.py', CONFIG, *arguments, cwd=tmp_path, check=False)
+    assert 'Scaling the original LR by 0.5' in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ('wrapper', 'found'),
+    [
+        (dict(type='OptimWrapper'), dict(type='AmpOptimWrapper', loss_scale='dynamic')),
+        (dict(type=AmpOptimWrapper), dict(type='AmpOptimWrapper', loss_scale='dynamic')),
+        (dict(type='DeepSpeedOptimWrapper'), None),
+    ],
+)
+def test_amp_replaces_no_wrapper_that_does_more(wrapper, found):
+    cfg = Config(dict(optim_wrapper=wrapper))
+    args = Namespace(config='mine.py', amp=True, auto_scale_lr=False, resume=None)
+    train = import_tool('train')
+    if found is None:
+        with pytest.raises(SystemExit, match=r'mine\.py has DeepSpeedOptimWrapper'):
+            train.apply_options(cfg, args)
+    else:
+        train.apply_options(cfg, args)
+        assert cfg.optim_wrapper == found
+
+
+class TwoBranches(nn.Module):
+    """As MMDetection's semi-supervised detectors are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for branch in ('student', 'teacher'):
+            setattr(self, branch, nn.ModuleDict(dict(backbone=SViT(small_arch()))))
+
+
+@pytest.mark.parametrize('source', ['itself', 'detector'])
+@pytest.mark.parametrize('damaged', ['', 'student.', 'teacher.'])
+def test_every_backbone_of_a_model_is_held_to_load_from(source, damaged):
+    model = TwoBranches()
+    saved = model if source == 'itself' else model.student
+    weights = dict(saved.state_dict())
+    if damaged:
+        branch = damaged if source == 'itself' else ''
+        del weights[f'{branch}backbone.stem.0.weight']
+    runner = SimpleNamespace(model=model, _load_from='checkpoint.pth')
+    hook = StrictCheckpointHook(backbone_only=True)
+    with pytest.raises(ValueError, match=r'stem\.0\.weight') if damaged else nullcontext():
+        hook.after_load_checkpoint(runner, dict(state_dict=weights))
+
+
+def test_load_from_takes_the_authors_file_under_our_names():
+    model = nn.ModuleDict(dict(backbone=SViT(golden_arch('tiny'))))
+    checkpoint = read_checkpoint(GOLDEN / 'tiny.pth')
+    runner = SimpleNamespace(model=model, _load_from='tiny.pth')
+    StrictCheckpointHook(backbone_only=True).after_load_checkpoint(runner, checkpoint)
+    assert model.state_dict().keys() <= checkpoint['state_dict'].keys()
+
+
+def test_scripts_say_how_to_call_them():
+    for script in ('dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'):
+        result = subprocess.run(
+            ['bash', ROOT / 'tools' / script], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2 and f'tools/{script}' in result.stderr
