@@ -155,6 +155,8 @@ class Reader:
             check_pytest(arguments)
         elif program == 'pip':
             check_pip(arguments)
+        elif program == 'uv':  # As the file that it writes says itself.
+            assert shlex.join(words) in (ROOT / arguments[-1]).read_text()
         elif program == 'source':
             assert arguments == ['.venv/bin/activate']
         else:
@@ -167,7 +169,7 @@ class Reader:
                 pytest.importorskip(module)
         elif arguments[:2] == ['-m', 'pytest']:
             check_pytest(arguments[2:])
-        elif arguments[:2] == ['-m', 'torch.distributed.run']:
+        elif arguments[0].startswith('--nnodes='):  # torchrun's
             tool = next(i for i, word in enumerate(arguments) if word.endswith('.py'))
             self.check_python(arguments[tool:])
         elif arguments[0] == '-m':
@@ -194,10 +196,10 @@ class Reader:
         programs, record = self.folder / 'programs', self.folder / 'record'
         programs.mkdir(exist_ok=True)
         record.unlink(missing_ok=True)
-        for name in ('python', 'python3', 'srun'):
+        for name in ('python', 'python3', 'srun', 'torchrun', 'zizmor'):
             # It prints its own path because tools/setup_env.py prints that of a Python.
             script = f'#!/bin/bash\nprintf "%q " "$@" >> {record}\necho >> {record}\necho "$0"\n'
-            (programs / name).write_text(script)
+            (programs / name).write_text('#!/bin/bash\n' if name == 'zizmor' else script)
             (programs / name).chmod(0o755)
         env = {**os.environ, 'PATH': f'{programs}:{os.environ["PATH"]}'}
         subprocess.run(['bash', *arguments], cwd=self.folder, env=env, check=True, timeout=60)

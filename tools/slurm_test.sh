@@ -10,6 +10,13 @@ fi
 partition=$1 job_name=$2 config=$3 checkpoint=$4
 shift 4
 gpus=${GPUS:-8}
+# Bash would run a command that stands in a number.
+for number in "$gpus" "${GPUS_PER_NODE:-1}"; do
+    if ! [[ $number =~ ^[0-9]+$ ]]; then
+        echo "GPUS and GPUS_PER_NODE must be whole numbers, found $number" >&2
+        exit 2
+    fi
+done
 gpus_per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
 # SRUN_ARGS holds several words on purpose.
 # shellcheck disable=SC2086

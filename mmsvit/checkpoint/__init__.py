@@ -13,12 +13,12 @@ from .published import PUBLISHED_AT, PUBLISHED_NAMES, backbone_state_dict, model
 from .reading import (
     SAFETENSORS,
     UnsafeCheckpointError,
-    allow_runner_checkpoints,
     download,
     read_checkpoint,
     save_weights,
     trust_checkpoints,
 )
+from .safe_globals import allow_runner_checkpoints
 
 __all__ = [
     'PUBLISHED_AT',

@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from mmengine.fileio import LocalBackend
 from mmengine.logging import print_log
 
-from .reading import UnsafeCheckpointError, allow_runner_checkpoints, read_checkpoint
+from .archive import check_structure
+from .reading import UnsafeCheckpointError, read_checkpoint
+from .safe_globals import allow_runner_checkpoints
 
 PARTIAL = '.partial'  # suffix while a file is being written
+MAX_ITERATIONS = 10**12
+WARN = ('current', logging.WARNING)
 NUMBERED = ('epoch_*.pth', 'iter_*.pth')  # not best_*.pth, which have no optimizer state
 
 
@@ -28,9 +34,10 @@ class AtomicLocalBackend(LocalBackend):
         """
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + PARTIAL)
+        # A name of its own: two runs may write into one folder.
+        partial = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}')
         try:
-            with partial.open('wb') as file:
+            with partial.open('xb') as file:
                 file.write(obj)
                 file.flush()
                 os.fsync(file.fileno())
@@ -107,18 +114,7 @@ def newest_valid_checkpoint(folder: str | Path) -> str | None:
     """
     folder = Path(folder)
     candidates = {path for pattern in NUMBERED for path in folder.glob(pattern)}
-    named = folder / 'last_checkpoint'
-    if named.is_file() and named.read_text().strip():
-        last = Path(named.read_text().strip())
-        if (folder / last.name).is_file():
-            candidates.add(folder / last.name)
-        elif not candidates:
-            print_log(f'{named} leads to {last}', 'current', logging.WARNING)
-            candidates.add(last)
-        else:
-            print_log(
-                f'{last}, the last checkpoint, is not in {folder}', 'current', logging.WARNING
-            )
+    candidates |= set(_named_as_last(folder / 'last_checkpoint', bool(candidates)))
     problems, iterations = {}, {}
     for path in candidates:
         try:
@@ -137,9 +133,9 @@ def newest_valid_checkpoint(folder: str | Path) -> str | None:
             problems[path] = str(error)
             continue
         for broken, problem in problems.items():
-            print_log(f'{broken} cannot be used: {problem}', 'current', logging.WARNING)
+            print_log(f'{broken} cannot be used: {problem}', *WARN)
         if problems:
-            print_log(f'Resuming from {path}, the latest valid one.', 'current', logging.WARNING)
+            print_log(f'Resuming from {path}, the latest valid one.', *WARN)
         return str(path)
     if problems:
         raise ValueError(
@@ -151,12 +147,41 @@ def newest_valid_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
+def _named_as_last(file: Path, has_others: bool) -> Iterator[Path]:
+    """The checkpoint that ``last_checkpoint`` names, if it can be used; the log says if not."""
+    try:
+        text = file.read_text().strip()
+        if not text:
+            return
+        last = Path(text)
+        here = file.with_name(last.name)
+        if here.is_file():
+            yield here
+        elif has_others:
+            print_log(f'{last}, the last checkpoint, is not in {file.parent}', *WARN)
+        else:
+            print_log(f'{file} leads to {last}', *WARN)
+            yield last
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:  # No text, a name that is too long, no file.
+        print_log(f'{file} is ignored: it names no file ({error})'[:300], *WARN)
+
+
 def _progress(path: Path) -> tuple[int, int]:
-    """Iterations and epochs at which a checkpoint was saved."""
+    """Iterations and epochs at which a checkpoint was saved.
+
+    Raises:
+        ValueError: They are not said, or cannot be.
+    """
     allow_runner_checkpoints()
     try:
+        check_structure(path)
         # Memory-mapped: only the metadata is read.
         meta = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['meta']
     except Exception:  # read_checkpoint knows more formats, or says what is wrong.
         meta = read_checkpoint(path)['meta']
-    return meta['iter'], meta['epoch']
+    progress = meta.get('iter'), meta.get('epoch')
+    if not all(type(done) is int and 0 <= done <= MAX_ITERATIONS for done in progress):
+        raise ValueError(f'meta.iter and meta.epoch must be whole numbers, found {progress}'[:200])
+    return progress

@@ -52,6 +52,9 @@ def load_pretrained(backbone: BaseModule, path: str | Path, prefix: str | None =
         found.update((k, v) for k, v in expected.items() if k.startswith('out_norms.'))
 
     check_fit(found, expected, repr(str(path)))
+    empty = [key for key, value in found.items() if value.ndim > 1 and not value.any()]
+    if empty:  # No layer of SViT is initialised so.
+        raise ValueError(f'{str(path)!r} holds nothing but zeros in {some_names(empty)}')
     backbone.load_state_dict(found)
     print_log(f'SViT: loaded {len(found)} backbone weights from {path}', logger='current')
 

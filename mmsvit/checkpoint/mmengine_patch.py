@@ -9,7 +9,8 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from ..compat.mmengine_private import check_mmengine
-from .reading import WEB, allow_runner_checkpoints, download, read_checkpoint
+from .reading import WEB, download, read_checkpoint
+from .safe_globals import allow_runner_checkpoints
 
 
 def load_from_weights_only(filename: str, map_location: Any = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PUBLISHED_NAMES = 'stvit-{small,base,large}-{224,384}.pth'
@@ -40,23 +41,72 @@ _POINTWISE = re.compile(r'.*\.(attn\.attend\.(qkv|proj)|ffn\.fc[12])\.weight$')
 _LAYER_SCALE = re.compile(r'.*\.gamma_[12]$')
 
 _KEYS_SHOWN = 8
+# How names of parameters and statistics end; other floating point tensors may hold infinity.
+TRAINED = ('weight', 'bias', 'running_mean', 'running_var', 'gamma_1', 'gamma_2')
+WRAPPERS = ('module.', '_orig_mod.')  # what DDP and torch.compile put before names
 
 
 def _weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The weights of a checkpoint under the names it gives them, but for DDP's prefix."""
+    """The weights of a checkpoint under their names, without what wrappers put before them."""
     weights = checkpoint
     for container in ('state_dict', 'model'):
         if isinstance(checkpoint.get(container), Mapping):
             weights = checkpoint[container]
             break
-    if not all(isinstance(key, str) and not key.startswith('module.') for key in weights):
-        weights = {str(key).removeprefix('module.'): value for key, value in weights.items()}
+    if not all(isinstance(key, str) and not key.startswith(WRAPPERS) for key in weights):
+        plain = {_without_wrappers(str(key)): value for key, value in weights.items()}
+        if len(plain) < len(weights):
+            twice = [key for key in weights if key != _without_wrappers(str(key))]
+            raise ValueError(
+                'the checkpoint is ambiguous: it holds the same weights with and without a prefix '
+                f'of {WRAPPERS}: {some_names(twice)}. Save one of them alone'
+            )
+        weights = plain
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(
             f'the checkpoint holds no weights: found the keys {some_names(checkpoint)}, expected weights '
             "under 'model' (the authors' files) or 'state_dict' (a runner's)"
         )
+    _check_values(weights)
     return weights
+
+
+def _without_wrappers(key: str) -> str:
+    """A name without what DDP and torch.compile put before it."""
+    while key.startswith(WRAPPERS):
+        key = key.partition('.')[2]
+    return key
+
+
+def _check_values(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that nobody has trained.
+
+    Raises:
+        ValueError: Some are not finite, or larger than the memory behind them.
+    """
+    dense = {key: value for key, value in weights.items() if value.layout == torch.strided}
+    expanded = [
+        key
+        for key, value in dense.items()
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    ]
+    if expanded:
+        raise ValueError(
+            f'the checkpoint is corrupt: {len(expanded)} weights repeat a few stored numbers: '
+            f'{some_names(expanded)}'
+        )
+    bad = [
+        key
+        for key, value in dense.items()
+        if value.is_floating_point()
+        # Infinity can be a mask's.
+        and not (value.isfinite() if key.endswith(TRAINED) else ~value.isnan()).all()
+    ]
+    if bad:
+        raise ValueError(
+            f'the checkpoint holds NaN or infinity in {len(bad)} weights: {some_names(bad)}. Use an '
+            'earlier one'
+        )
 
 
 def _is_published(weights: Mapping[str, Tensor]) -> bool:

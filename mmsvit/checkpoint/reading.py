@@ -2,66 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
 import logging
-import os
 import pickle
 import re
+import socket
+import sys
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 from mmengine.fileio import get_local_path
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from torch import Tensor
+
+from .archive import UnsafeStructureError, check_structure, check_sums
+from .safe_globals import allow_runner_checkpoints
 
 SAFETENSORS = '.safetensors'
 WEB = ('http://', 'https://')
-
-
-def _history_buffer_method(owner: type, name: str) -> Any:
-    """Stand in for ``getattr``, which MMEngine's log history pickles for its own methods."""
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
-        raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not allowed in a checkpoint')
-    return getattr(owner, name)
-
-
-def _allowed_globals() -> list:
-    """What a checkpoint may hold beside tensors and plain Python data; nothing here runs code."""
-    core = np._core if hasattr(np, '_core') else np.core
-    multiarray = core.multiarray
-    dtypes = [type(np.dtype(name)) for name in ('?', *np.typecodes['AllInteger'], *'efd')]
-    # numpy 2 renamed the module; files of either generation are read under both.
-    functions = [
-        (getattr(multiarray, name), f'numpy.{module}.multiarray.{name}')
-        for module in ('core', '_core')
-        for name in ('_reconstruct', 'scalar')
-    ]
-    return [
-        argparse.Namespace,
-        HistoryBuffer,
-        (_history_buffer_method, 'builtins.getattr'),
-        np.ndarray,
-        np.dtype,
-        *functions,
-        *dtypes,
-    ]
-
-
-def allow_runner_checkpoints() -> None:
-    """Let torch's weights-only mode read what MMEngine's runner saves, in this process.
-
-    Since torch 2.6 that mode is the default, and OpenMMLab's own MMEngine relies on the
-    default: without this it cannot read its own checkpoints.
-    """
-    torch.serialization.add_safe_globals(_allowed_globals())
+TIMEOUT = 60  # seconds that a server may say nothing
 
 
 class UnsafeCheckpointError(ValueError):
@@ -75,13 +42,20 @@ def _first_line(error: Exception) -> str:
     return str(error).partition('\n')[0]
 
 
-def _check_sums(file: str) -> None:
-    # torch writes checksums, but does not verify them.
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f'checksum of {damaged}')
+def _why_unsafe(error: Exception, path: str) -> str | None:
+    """What is unsafe about a file that could not be read; None if it is corrupt or incomplete."""
+    if isinstance(error, UnsafeStructureError):
+        return str(error)
+    refused = re.search(r'GLOBAL (\S+) (?:was not an allowed|whose module)', str(error))
+    if refused:
+        return refused.group(1)
+    refused = re.search(r'(\S.*) is not allowed in a checkpoint', str(error))
+    if refused:
+        return refused.group(1)
+    # Records with the right checksum are no damage: somebody wrote them so.
+    if isinstance(error, pickle.UnpicklingError) and '://' not in path and zipfile.is_zipfile(path):
+        return 'a pickle that torch.save does not write'
+    return None
 
 
 def trust_checkpoints() -> None:
@@ -114,17 +88,23 @@ def download(url: str) -> str:
     Raises:
         OSError: It cannot be fetched.
     """
-    folder = Path(torch.hub.get_dir(), 'checkpoints')
-    file = folder / Path(urlsplit(url).path).name
+    parts = urlsplit(url)
+    # Keyed by the whole address: files of other places may have the same name.
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    file = Path(torch.hub.get_dir(), 'checkpoints', key, Path(parts.path).name or 'checkpoint')
     if file.is_file():
         print_log(f'{url} was downloaded before: {file} is used', logger='current')
         return str(file)
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     print_log(f'Downloading {url} to {file}', logger='current')
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        torch.hub.download_url_to_file(url, str(file), progress=os.isatty(0))
+        torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
     except (OSError, HTTPException) as error:
         raise OSError(f'cannot download the checkpoint {url!r}: {error}') from error
+    finally:
+        socket.setdefaulttimeout(before)
     return str(file)
 
 
@@ -166,22 +146,19 @@ def read_checkpoint(
             else:
                 # At every call: torch's context manager of safe globals, used by others, resets the list.
                 allow_runner_checkpoints()
-                _check_sums(file)
-                checkpoint = torch.load(file, map_location=map_location, weights_only=not _trusted)
+                checkpoint = _read_torch(file, map_location)
     except (PermissionError, ImportError, MemoryError):
         raise
     except Exception as error:  # Corrupt bytes raise almost anything.
-        refused = re.search(
-            r'GLOBAL (\S+) (?:was not an allowed|whose module)|getattr\(.*\) is not', str(error)
-        )
-        if refused:
+        reason = _why_unsafe(error, path)
+        if reason is not None:
             raise UnsafeCheckpointError(
-                f'{path!r} is refused: to read it, torch would have to run code from it '
-                f'({refused.group(1) or refused.group(0)}). Get it from a source that you trust, as '
+                f'{path!r} is refused: to read it, torch would have to run code from it, or work '
+                f'without bounds ({reason}). Get it from a source that you trust, as '
                 '.safetensors or with its tensors alone. Only if you would also run any program of '
                 'whoever made the file: --trust-checkpoint, or '
                 'mmsvit.checkpoint.trust_checkpoints() in a program of your own.'
-            ) from error
+            ) from None  # torch's own message advises to switch the check off.
         raise ValueError(
             f'{path!r} is corrupt or incomplete ({type(error).__name__}: {_first_line(error)}); a '
             'download that broke off, a damaged disk, or a web page saved under that name? Expected '
@@ -197,6 +174,18 @@ def read_checkpoint(
         # Runner.resume would run this text as Python, to compare numbers of GPUs.
         del meta['config']
     return checkpoint
+
+
+def _read_torch(file: str | Path, map_location: str | torch.device | None) -> Any:
+    if _trusted:
+        return torch.load(file, map_location=map_location, weights_only=False)
+    check_structure(file)
+    with ThreadPoolExecutor(1) as pool:  # Beside reading, on another core.
+        sums = pool.submit(check_sums, file)
+        try:
+            return torch.load(file, map_location=map_location, weights_only=True)
+        finally:
+            sums.result()
 
 
 def _import_safetensors() -> ModuleType:

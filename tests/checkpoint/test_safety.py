@@ -174,11 +174,19 @@ def test_a_checkpoint_from_the_web_is_downloaded_once(address, tmp_path):
     assert read_checkpoint(url)['meta'] == dict(epoch=1)
     (tmp_path / 'x.pth').unlink()
     assert CheckpointLoader.load_checkpoint(url)['meta'] == dict(epoch=1)
-    with pytest.raises(ValueError, match=rf'{home}/cut\.pth.*Remove the file to download http'):
+    with pytest.raises(ValueError, match=rf'{home}/\w+/cut\.pth.*Remove the file to download http'):
         read_checkpoint(f'{address}/cut.pth')
     with pytest.raises(OSError, match=r'cannot download .*absent.*404'):
         read_checkpoint(f'{address}/absent.pth')
-    assert {path.name for path in home.iterdir()} == {'x.pth', 'cut.pth'}
+    assert {path.name for path in home.rglob('*.pth')} == {'x.pth', 'cut.pth'}
+
+
+def test_files_of_one_name_at_two_addresses_are_told_apart(address, tmp_path):
+    for folder, epoch in (('a', 1), ('b', 2)):
+        (tmp_path / folder).mkdir()
+        torch.save(dict(meta=dict(epoch=epoch)), tmp_path / folder / 'same.pth')
+    for folder, epoch in (('a', 1), ('b', 2), ('a', 1)):
+        assert read_checkpoint(f'{address}/{folder}/same.pth')['meta'] == dict(epoch=epoch)
 
 
 @pytest.mark.promise('Safety', '`--trust-checkpoint` warns, and ends with the process')
@@ -224,6 +232,11 @@ def test_metafiles_run_no_code_and_name_configs_of_their_own_folder(tmp_path):
         (folder / 'index.yml').write_text(f'Import: [{elsewhere}]')
         with pytest.raises(ValueError, match='not below its folder'):
             read_metafile(folder / 'index.yml')
+    (tmp_path / 'elsewhere.py').touch()
+    (folder / 'linked.py').symlink_to(tmp_path / 'elsewhere.py')
+    (folder / 'metafile.yml').write_text('Models: [{Config: linked.py, In Collection: x}]')
+    with pytest.raises(ValueError, match=r'linked\.py, a link out of its folder'):
+        read_metafile(folder / 'metafile.yml')
     (tmp_path / 'index.yml').write_text('Import: [other.yml]')
     assert read_metafile(tmp_path / 'index.yml') == []
 

@@ -295,6 +295,27 @@ def test_load_from_takes_the_authors_file_under_our_names():
     assert model.state_dict().keys() <= checkpoint['state_dict'].keys()
 
 
+@pytest.mark.promise('Safety', 'Launch scripts run no modules or commands that they happen to find')
+def test_a_module_of_the_current_folder_is_not_imported_by_torchrun(tmp_path):
+    (tmp_path / 'copy.py').write_text('open("ran", "w")')
+    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    command = ['bash', ROOT / 'tools' / 'dist_train.sh', 'no_such_config.py', '1']
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert 'no_such_config.py' in result.stderr + result.stdout
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.promise('Safety', 'Launch scripts run no modules or commands that they happen to find')
+@pytest.mark.parametrize('name', ['GPUS', 'GPUS_PER_NODE'])
+@pytest.mark.parametrize('script', ['slurm_train.sh', 'slurm_test.sh'])
+def test_a_command_in_place_of_a_number_is_refused(script, name, tmp_path):
+    environment = {**os.environ, name: f'x[$(touch {tmp_path}/ran)]'}
+    command = ['bash', ROOT / 'tools' / script, 'a', 'b', 'c', 'd']
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and 'must be whole numbers' in result.stderr
+    assert not (tmp_path / 'ran').exists()
+
+
 def test_scripts_say_how_to_call_them():
     for script in ('dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'):
         result = subprocess.run(
