@@ -1,4 +1,4 @@
-"""Counting the parameters and multiply-adds of the model of a config, without data or weights."""
+"""Count parameters and multiply-adds of a config's model, without data or weights."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from .flops import Count, FlopCounts, count
 
 DEFAULT_SHAPES = {'mmdet': (800, 1280), 'mmseg': (512, 2048)}
-"""Height and width of the paper's counts, by ``default_scope``."""
+"""Image height and width of the paper's counts, by ``default_scope``."""
 
 
 @dataclass(frozen=True)
 class ConfigFlopCounts:
-    """What :func:`count_config` found.
+    """Result of :func:`count_config`.
 
     Attributes:
-        workload: What the figures are for: size of the image (height x width), proposals, masks.
-        model: FlopCounts of the whole model.
-        backbone: FlopCounts of its backbone.
-        uncounted: What multiplies, or may, and is not in the figures; how often it ran.
+        workload: What was run: image size (height x width), number of proposals and masks.
+        model: Counts of the model.
+        backbone: Counts of its backbone.
+        uncounted: See :class:`Count`.
     """
 
     workload: str
@@ -40,24 +40,23 @@ class ConfigFlopCounts:
 
 
 def count_config(cfg: Config, shape: tuple[int, int] | None = None) -> ConfigFlopCounts:
-    """Build the model of a config and count what inference on one image multiplies.
+    """Build a config's model and count parameters and multiply-adds of inference on one image.
 
-    Two-stage detectors run their box heads on as many proposals, and their mask heads on as many
-    detections, as ``test_cfg`` allows (1000 and 100 by default), whatever the image. Segmentors
-    take the image as a whole, without auxiliary heads; these do not count as parameters either,
-    which is how the published numbers come about. Post-processing multiplies nothing.
+    In two-stage detectors, box heads run on the maximum number of proposals in ``test_cfg`` and
+    mask heads on the maximum number of detections (1000 and 100 by default). Segmentors run on
+    the uncropped image, without their auxiliary heads and those heads' parameters, as in the
+    published numbers. Post-processing is not counted.
 
-    Shapes are all that is computed, unless the model has modules of ``mmcv.ops`` outside of its
-    RoI head: compiled functions need values, and then the model runs on the CPU.
+    Only shapes are computed, unless the model has modules of ``mmcv.ops`` outside its RoI head:
+    their compiled functions need values, so that model runs on the CPU.
 
     Args:
         cfg: A config of MMDetection, MMSegmentation or MMPretrain.
-        shape: Height and width of the image. None stands for :data:`DEFAULT_SHAPES`, and for
-            classifiers, what the test pipeline crops or resizes to.
+        shape: Height and width of the image; by default that of :data:`DEFAULT_SHAPES`, or for
+            classifiers the size to which the test pipeline crops or resizes.
 
     Raises:
-        ValueError: There is no shape to count at, or the RoI head is of a kind with parts that
-            this does not know.
+        ValueError: No shape is given or found, or the type of RoI head is not supported.
     """
     scope = cfg.get('default_scope') or 'mmengine'
     shape = shape or DEFAULT_SHAPES.get(scope) or _test_size(cfg)
@@ -67,7 +66,11 @@ def count_config(cfg: Config, shape: tuple[int, int] | None = None) -> ConfigFlo
         model_cfg.pop('auxiliary_head', None)
         model_cfg.test_cfg = dict(mode='whole')
     model = MODELS.build(model_cfg)
-    if _needs_values(model):
+    needs_values = any(
+        type(module).__module__.startswith('mmcv.ops.') and not name.startswith('roi_head.')
+        for name, module in model.named_modules()
+    )
+    if needs_values:
         found, workload = _count_model(model, scope, shape)
     else:
         mode = FakeTensorMode()
@@ -80,13 +83,13 @@ def count_config(cfg: Config, shape: tuple[int, int] | None = None) -> ConfigFlo
 
 @dataclass(frozen=True)
 class MetafileEntry:
-    """A config that a metafile lists, with the results and the paper's figures that it has.
+    """A config in a metafile, with its results and the paper's figures.
 
     Attributes:
-        config: The file.
-        collection: What the metafile calls its models.
-        parameters: The paper's.
-        flops: The paper's, multiply-adds.
+        config: The config file.
+        collection: The collection in the metafile.
+        parameters: Parameters in the paper.
+        flops: Multiply-adds in the paper.
         paper: The paper's results, by metric.
         ours: Results of our own runs, by metric.
     """
@@ -106,19 +109,18 @@ def read_metafile(path: str | Path) -> list[MetafileEntry]:
     """Read configs, results and the paper's figures from a metafile.
 
     Args:
-        path: A file in OpenMMLab's model-index format, beside its configs, or one that
-            imports others. Of each entry of
-            ``Models``, these are read: ``Config``, ``In Collection``, in ``Metadata`` the
-            optional ``Parameters (paper)`` and ``FLOPs (paper)`` (multiply-adds), plain
-            numbers, and the ``Metrics`` of ``Results``, which are the paper's if their names
-            end in ``(paper)``.
+        path: A file in OpenMMLab's model-index format, in the folder of its configs, or one
+            that imports such files. Read from each entry of ``Models``: ``Config``,
+            ``In Collection``, the optional numbers ``Parameters (paper)`` and ``FLOPs (paper)``
+            (multiply-adds) in ``Metadata``, and the ``Metrics`` of ``Results``, which are the
+            paper's if their names end in ``(paper)``.
 
     Raises:
-        ValueError: It imports a file that is not below its own folder: the configs of a
-            metafile are programs, and whoever names one has seen that folder at most.
+        ValueError: It imports a file or links to a config outside its folder. Configs are
+            programs, and the user has trusted no more than that folder.
     """
     folder = Path(path).resolve().parent
-    content = yaml.safe_load(Path(path).read_text())  # MMEngine's load would run code from it.
+    content = yaml.safe_load(Path(path).read_text())  # MMEngine's load would run code in it.
     entries = []
     for imported in content.get('Import', []):
         if folder not in (folder / imported).resolve().parents:
@@ -126,12 +128,14 @@ def read_metafile(path: str | Path) -> list[MetafileEntry]:
         entries += read_metafile(Path(path).parent / imported)
     for model in content.get('Models', []):
         metadata = model.get('Metadata', {})
-        metrics = {}
-        for result in model.get('Results', []):
-            metrics.update(result['Metrics'])
+        results = model.get('Results', [])
+        metrics = {k: v for result in results for k, v in result['Metrics'].items()}
+        config = Path(path).parent / Path(model['Config']).name
+        if config.exists() and folder not in config.resolve().parents:
+            raise ValueError(f'{path} names {config}, a link out of its folder {folder}')
         entries.append(
             MetafileEntry(
-                Path(path).parent / Path(model['Config']).name,
+                config,
                 model['In Collection'],
                 metadata.get(f'Parameters{PAPER}'),
                 metadata.get(f'FLOPs{PAPER}'),
@@ -143,28 +147,20 @@ def read_metafile(path: str | Path) -> list[MetafileEntry]:
 
 
 def _test_size(cfg: Config) -> tuple[int, int]:
-    """Height and width that the test pipeline of a classifier crops or resizes to."""
-    for transform in reversed(
-        cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
-    ):
+    """Height and width to which the test pipeline of a classifier crops or resizes."""
+    pipeline = cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
+    for transform in reversed(pipeline):
         size = transform.get('crop_size', transform.get('scale'))
         if size is not None:
             return (size, size) if isinstance(size, int) else (size[1], size[0])
     raise ValueError(
-        f'no shape to count at: default_scope is {cfg.get("default_scope")!r}, not one of '
-        f'{list(DEFAULT_SHAPES)}, and the test pipeline has no crop_size or scale; give a shape'
-    )
-
-
-def _needs_values(model: BaseModel) -> bool:
-    return any(
-        type(module).__module__.startswith('mmcv.ops.') and not name.startswith('roi_head.')
-        for name, module in model.named_modules()
+        f'no image shape is known: default_scope is {cfg.get("default_scope")!r}, not one of '
+        f'{list(DEFAULT_SHAPES)}, and the test pipeline has no crop_size or scale; pass a shape'
     )
 
 
 def _count_model(model: BaseModel, scope: str, shape: tuple[int, int]) -> tuple[Count, str]:
-    """The count, and what it is for."""
+    """The count and its workload, see :class:`ConfigFlopCounts`."""
     image = torch.zeros(1, 3, *shape)
     workload = '{}x{}'.format(*shape)
     if hasattr(model, 'roi_head'):
@@ -180,14 +176,14 @@ def _count_model(model: BaseModel, scope: str, shape: tuple[int, int]) -> tuple[
 
 
 def _run_two_stage(model: BaseModel, image: Tensor, proposals: int, masks: int) -> None:
-    """Run a two-stage detector with its RoI heads on features that no proposals are needed for."""
+    """Run a two-stage detector, its RoI heads on zeros instead of features of proposals."""
     from mmdet.models import CascadeRoIHead, StandardRoIHead
 
     roi_head = model.roi_head
     if type(roi_head) not in (StandardRoIHead, CascadeRoIHead):
         raise ValueError(
-            'of two-stage detectors, those with a StandardRoIHead or CascadeRoIHead can be '
-            f'counted, not with a {type(roi_head).__name__}, which has parts of its own'
+            'only two-stage detectors with a StandardRoIHead or CascadeRoIHead can be counted, '
+            f'found a {type(roi_head).__name__}'
         )
     features = model.extract_feat(image)
     if model.with_rpn:
@@ -204,7 +200,7 @@ def _run_heads(extractor: BaseModule, head: BaseModule, image: Tensor, number: i
 
 
 def _as_list(module: BaseModule) -> list[BaseModule]:
-    """The stages of a cascade, or the only one."""
+    """The stages of a cascade, or the only stage."""
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 

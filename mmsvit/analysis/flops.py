@@ -1,19 +1,20 @@
-"""Counting what a model multiplies, in the paper's way and in full.
+"""Count the multiply-adds of a model, which the field calls FLOPs.
 
-A multiply-add is what the field calls a FLOP. There are two kinds:
+There are two kinds:
 
-- **layers**: convolutions and linear layers, an activation times a weight. A counter that hooks
-  into modules sees these alone, and the paper's FLOPs of detectors and segmentors are these.
+- **layers**: an activation times a weight, in convolutions and linear layers. Counters that hook
+  into modules see only these, and the paper's FLOPs of detectors and segmentors include only
+  these.
 - **products**: an activation times an activation. In attention, query by key and weights by
-  value; in super token sampling, the association, its use and the way back. The paper's FLOPs of
-  classifiers contain them.
+  value; in super token sampling, association, aggregation and distribution. The paper's FLOPs of
+  classifiers include them.
 
 Biases, norms, activation functions, pooling, interpolation and other element-wise arithmetic are
-in neither: without them, the published figures are met within 1.5%.
+not counted; without them, the counts agree with the published figures within 1.5%.
 
-Operators are counted, not modules, so that fused attention is not missed. The formulas are
-PyTorch's and whatever ``torch.utils.flop_counter.register_flop_formula`` was given. What
-multiplies, or may, and has no formula is named in the result.
+Operators are counted, not modules, so fused attention is included. The formulas are those of
+PyTorch and of ``torch.utils.flop_counter.register_flop_formula``. The result lists operators
+that multiply, or may, and have no formula.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 aten = torch.ops.aten
 
-# What PyTorch has no formulas for: attention on CPUs, and on devices that bring their own. The
-# arguments and the products are those of its other variants.
+# Variants of attention, on CPUs and on third-party devices, for which PyTorch has no formula.
+# Arguments and products are those of the other variants.
 ATTENTION_FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_fused_attention_overrideable: sdpa_flop,
@@ -47,7 +48,7 @@ CONVOLUTIONS = {
     aten._slow_conv2d_forward,
 }
 
-# Where the two factors of a matrix product are among the operator's arguments.
+# Which arguments of an operator are the two factors of its matrix product.
 FACTORS = {
     aten.mm: slice(0, 2),
     aten.bmm: slice(0, 2),
@@ -55,7 +56,7 @@ FACTORS = {
     aten.baddbmm: slice(1, 3),
 }
 
-# The names of PyTorch's operators that multiply matrices.
+# Names of PyTorch's operators that multiply matrices.
 PRODUCT_NAME = re.compile(
     '(^|_)((b?add)?b?mm|(add)?mv|v?dot|matmul|(tri)?linear|attention|transformer|'
     'conv([123]d|olution)?|rnn|lstm|gru)(_|$)'
@@ -79,14 +80,14 @@ class FlopCounts:
 
 @dataclass(frozen=True)
 class Count:
-    """What :func:`count` found.
+    """Result of :func:`count`.
 
     Attributes:
         model: The model that ran.
-        layers: Multiply-adds of activations and weights, by the name of the innermost module.
-        products: Multiply-adds of activations and activations, likewise.
-        uncounted: What ran and has no formula, and how often: operators that multiply, by their
-            name or because PyTorch does not know them, and modules of ``mmcv.ops``.
+        layers: Multiply-adds of activations and weights, by name of the innermost module.
+        products: Multiply-adds of activations and activations, by name of the innermost module.
+        uncounted: Number of calls without a formula: of operators whose name says that they
+            multiply, of custom operators, and of modules of ``mmcv.ops``.
     """
 
     model: nn.Module
@@ -95,7 +96,7 @@ class Count:
     uncounted: Counter[str]
 
     def of(self, name: str = '') -> FlopCounts:
-        """Counts of the module ``name`` with all that is in it; of the whole model if empty."""
+        """Counts of the submodule ``name``, by default of the model."""
         prefix = f'{name}.' if name else ''
 
         def inside(counts: Counter[str]) -> int:
@@ -117,13 +118,13 @@ class _ProductCounter(TorchDispatchMode):
         super().__init__()
         self.count = Count(model, Counter(), Counter(), Counter())
         self.running = ['']
-        # Views, such as a transposed weight, share the storage. PyTorch has one object for each
-        # storage as long as somebody holds it.
+        # Views, such as a transposed weight, share the storage. PyTorch has one Python object
+        # for each storage while it is referenced.
         self.weights = {id(s): s for s in (p.untyped_storage() for p in model.parameters())}
 
     @contextlib.contextmanager
     def track_modules(self) -> Iterator[None]:
-        """Keep ``running`` up to date while this is open."""
+        """Keep ``running``, the names of the modules that run, up to date."""
         with contextlib.ExitStack() as hooks:
             for name, module in self.count.model.named_modules():
                 for hook in (
@@ -135,15 +136,12 @@ class _ProductCounter(TorchDispatchMode):
 
     def _enter(self, module: nn.Module, name: str) -> None:
         self.running.append(name)
-        # MMCV's compiled functions are not PyTorch operators; only their modules can be seen.
+        # MMCV's compiled functions are not PyTorch operators; only their modules are visible.
         if type(module).__module__.startswith('mmcv.ops.'):
             self.count.uncounted[f'mmcv.ops.{type(module).__name__}'] += 1
 
     def _leave(self) -> None:
         self.running.pop()
-
-    def _is_weight(self, factor: Tensor) -> bool:
-        return id(factor.untyped_storage()) in self.weights
 
     def __torch_dispatch__(
         self, func: OpOverload, types: tuple, args: tuple = (), kwargs: dict | None = None
@@ -152,7 +150,7 @@ class _ProductCounter(TorchDispatchMode):
         operator = func.overloadpacket
         formula = flop_registry.get(operator) or ATTENTION_FORMULAS.get(operator)
         if formula is None and func.namespace == 'aten':
-            # In inference mode, linear and matmul arrive here before they are taken apart.
+            # In inference mode, linear and matmul arrive here before they are decomposed.
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -160,7 +158,9 @@ class _ProductCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         if formula is not None:
             factors = args[FACTORS[operator]] if operator in FACTORS else ()
-            is_layer = operator in CONVOLUTIONS or any(map(self._is_weight, factors))
+            is_layer = operator in CONVOLUTIONS or any(
+                id(factor.untyped_storage()) in self.weights for factor in factors
+            )
             counts = self.count.layers if is_layer else self.count.products
             counts[self.running[-1]] += formula(*args, **kwargs, out_val=out) // 2
         elif _may_multiply(func):
@@ -177,21 +177,21 @@ def _may_multiply(func: OpOverload) -> bool:
 
 @torch.no_grad()
 def count(model: nn.Module, run: Callable[[], object]) -> Count:
-    """Count what ``run`` multiplies, with ``model`` in evaluation mode.
+    """Count the multiply-adds of ``run``, with ``model`` in evaluation mode.
 
-    Element-wise arithmetic that amounts to a product, as in ``(a * b).sum()``, is not noticed.
+    Products made of element-wise arithmetic, as in ``(a * b).sum()``, are not counted.
 
     Args:
         model: Any model, on any device; on the ``meta`` device or with fake tensors, nothing is
-            computed. Its modules keep their mode.
+            computed. The mode of its modules is restored.
         run: Calls the model, or methods or parts of it; not under autocast, whose copies of
-            weights would be taken for activations.
+            weights would count as activations.
     """
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     counter = _ProductCounter(model)
     model.eval()
-    # The fast path is a single operator for a whole layer, which has no formula.
+    # The fast path runs a layer as a single operator, which has no formula.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with counter.track_modules(), counter:

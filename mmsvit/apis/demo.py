@@ -1,4 +1,4 @@
-"""What the page of ``tools/demo_app.py`` shows of an image, without the page."""
+"""Predictions and pictures for the page of ``tools/demo_app.py``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LARGEST_PICTURE = 960  # pixels of the longer side
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a model makes of an image.
+    """Predictions and super tokens of one image.
 
     Attributes:
-        prediction: The image with the prediction drawn.
-        found: Names and figures, see :meth:`ImageModel.describe_prediction`.
-        seen: The image as the backbone got it.
-        maps: Of the last block of each stage.
+        prediction: The image with the prediction drawn on it.
+        found: See :meth:`ImageModel.describe_prediction`.
+        seen: The input of the backbone, see :meth:`ImageModel.super_tokens`.
+        maps: Super tokens of the last block of each stage.
     """
 
     prediction: np.ndarray
@@ -43,12 +43,12 @@ class DemoResult:
 
 
 class Demo:
-    """A model behind a page. Safe to be called from several threads.
+    """The model behind a page; safe to call from several threads.
 
     Args:
-        model: With its weights loaded.
-        max_bytes: The largest file to read.
-        max_pixels: The largest image to read.
+        model: The model, with its weights loaded.
+        max_bytes: See :func:`read_image`.
+        max_pixels: See :func:`read_image`.
     """
 
     def __init__(self, model: ImageModel, max_bytes: int, max_pixels: int) -> None:
@@ -66,7 +66,7 @@ class Demo:
         """Run the model on a file.
 
         Raises:
-            ImageError: It is no image, or none that is allowed; see :func:`read_image`.
+            ImageError: See :func:`read_image`.
         """
         image = read_image(path, self.max_bytes, self.max_pixels)
         with tempfile.TemporaryDirectory() as folder, self._lock:
@@ -80,13 +80,12 @@ class Demo:
         return DemoResult(fit(prediction, _size(prediction)), found, seen, maps)
 
     def tessellations(self, look: DemoResult) -> list[list[np.ndarray]]:
-        """For each stage borders and mean colours of its super tokens, or nothing."""
-        pictures: list[list[np.ndarray]] = []
-        for stage_map in look.maps:
-            pictures.append([])
-            if stage_map.has_super_tokens:
-                pictures[-1] += draw_super_tokens(look.seen, stage_map, _size(look.seen))
-        return pictures
+        """For each stage, borders and mean colours of its super tokens if it has any."""
+        size = _size(look.seen)
+        return [
+            [*draw_super_tokens(look.seen, each, size)] if each.has_super_tokens else []
+            for each in look.maps
+        ]
 
     def attention(
         self, look: DemoResult, pixel: tuple[float, float] | None = None
@@ -95,10 +94,10 @@ class Demo:
 
         Args:
             look: From :meth:`look`.
-            pixel: Its row and column in the first picture; by default the middle.
+            pixel: Row and column in the first picture; by default the middle.
 
         Returns:
-            The image as the backbone got it with a ring, and attention in each stage.
+            The input of the backbone with a ring around the point, and attention in each stage.
         """
         picture = fit(look.seen, _size(look.seen))
         size = picture.shape[:2]

@@ -1,11 +1,11 @@
 """A local web page to try a model: predictions, super tokens, attention from a clicked point.
 
-Nothing is fetched from anywhere: the page works offline, and a browser is told to load
-nothing from other places.
+The page works offline and tells browsers to load nothing from other hosts.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -19,17 +19,19 @@ from .image_files import ImageError
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError('the page needs gradio: pip install "gradio==6.31.0"') from error
+    raise ImportError('the demo page needs gradio: pip install "gradio==6.31.0"') from error
 
 from starlette.middleware import Middleware
+from starlette.responses import Response
 
 logger = logging.getLogger(__name__)
 
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
-KEEP_SECONDS = 1800  # of uploads and pictures
+MAX_JSON_BYTES = 2**20  # of a request, beside uploads
+KEEP_SECONDS = 1800  # how long uploads and pictures are kept
 INTRODUCTION = """# {title}
-Give an image to see what the model finds in it, and which super tokens its backbone makes of it.
-Then **click into the picture on the left** to see where attention looks from there.
+Upload an image to see the model's predictions and the super tokens of its backbone.
+Then **click into the picture on the left** to see the attention from that point.
 """
 
 
@@ -41,7 +43,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 class _ContentSecurityPolicy:
-    """Tell browsers to load nothing from elsewhere."""
+    """Middleware that adds :data:`POLICY` to each response."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self.app = app
@@ -56,6 +58,46 @@ class _ContentSecurityPolicy:
         await self.app(scope, receive, send_with_policy)
 
 
+def _names_address(value: object) -> bool:
+    """Whether a file in a request is named by an address, which gradio would fetch."""
+    if isinstance(value, dict):
+        path = value.get('path')
+        return (isinstance(path, str) and '://' in path) or any(map(_names_address, value.values()))
+    return isinstance(value, list) and any(map(_names_address, value))
+
+
+class _NoAddresses:
+    """Refuse requests that would have the server fetch an address that a visitor names."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        # FastAPI reads JSON under several content types, and without one. Uploads are multipart.
+        kind = dict(scope.get('headers', ())).get(b'content-type', b'').lower()
+        if scope.get('method') != 'POST' or kind.startswith(b'multipart/form-data'):
+            await self.app(scope, receive, send)
+            return
+        body, more = b'', True
+        while more and len(body) <= MAX_JSON_BYTES:
+            message = await receive()
+            body, more = body + message.get('body', b''), message.get('more_body', False)
+        try:
+            refused = len(body) > MAX_JSON_BYTES or _names_address(json.loads(body or b'null'))
+        except (ValueError, RecursionError):
+            refused = True
+        if refused:
+            await Response('Upload the file itself.', status_code=400)(scope, receive, send)
+            return
+
+        parts = iter([{'type': 'http.request', 'body': body, 'more_body': False}])
+
+        async def receive_again() -> dict:
+            return next(parts, None) or await receive()
+
+        await self.app(scope, receive_again, send)
+
+
 STYLE = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
 .found { width: 100%; } .found td { padding: .15rem .5rem; }
@@ -67,11 +109,11 @@ footer { display: none !important; }
 
 
 def build_page(demo: Demo, title: str) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
-        demo: What it shows.
-        title: Its heading.
+        demo: The model to show.
+        title: Heading of the page.
     """
     with gr.Blocks(
         title=title, analytics_enabled=False, delete_cache=(KEEP_SECONDS // 4, KEEP_SECONDS)
@@ -87,7 +129,7 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
             with gr.Accordion('In figures', open=False):
                 found = gr.HTML(elem_id='found')
             layers = dict(enumerate(demo.attentions, 1))
-            # Of stages without super tokens there is one picture each: all in a row.
+            # Stages without super tokens have one picture each and share a row.
             rows = [[number] for number, layer in layers.items() if layer.has_super_tokens]
             rows.append([number for number, layer in layers.items() if not layer.has_super_tokens])
             placed = {}
@@ -108,9 +150,9 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
             result = demo.look(path)
         except ImageError as error:
             return refusal(str(error))
-        except Exception:  # Whatever a model and its pipeline do not bear.
-            logger.exception('%s cannot be worked on', path)
-            return refusal('The model cannot work on this image. The log of the server says why.')
+        except Exception:  # A model and its pipeline can raise anything.
+            logger.exception('the model failed on %s', path)
+            return refusal("The model failed on this image. See the server's log for the reason.")
         drawn = {file: None, message: gr.HTML(visible=False), results: gr.Column(visible=True)}
         drawn |= {looked: result, prediction: result.prediction, found: _table(result.found)}
         for pictures, tessellation in zip(stages, demo.tessellations(result)):
@@ -118,7 +160,7 @@ def build_page(demo: Demo, title: str) -> gr.Blocks:
         return drawn | dict(zip(attention_outputs, demo.attention(result)))
 
     def look_from(result: DemoResult | None, event: gr.SelectData) -> list:
-        if result is None:  # kept for too long
+        if result is None:  # expired after KEEP_SECONDS
             return [None] * len(attention_outputs)
         column, row = event.index
         return demo.attention(result, (row, column))
@@ -142,7 +184,7 @@ def _picture(label: str, name: str) -> gr.Image:
 
 
 def _stage_pictures(number: int, samples: bool) -> list[gr.Image]:
-    """Places for the pictures of a stage: of its super tokens, if it has some, and attention."""
+    """Components for the pictures of a stage: super tokens, if it samples any, and attention."""
     labels = {'super-tokens': 'super tokens', 'colours': 'their mean colours'} if samples else {}
     labels['attention'] = 'attention from the ring'
     return [
@@ -154,16 +196,16 @@ def _stage_pictures(number: int, samples: bool) -> list[gr.Image]:
 def serve(
     demo: Demo, title: str, host: str = '127.0.0.1', port: int | None = None
 ) -> Iterator[str]:
-    """Serve the page in threads of their own while the context is entered.
+    """Serve the page in background threads while the context is entered.
 
-    Uploads and pictures are kept in a folder that nobody else reads, for half an hour or until
-    the end.
+    Uploads and pictures are kept in a private temporary folder, for half an hour or until the
+    context is left.
 
     Args:
-        demo: What it shows.
-        title: Its heading.
-        host: Address to listen at; ``'0.0.0.0'`` lets every machine of the network in.
-        port: Port to listen at; by default the first that is free from 7860 on.
+        demo: The model to show.
+        title: Heading of the page.
+        host: Address to listen on; ``'0.0.0.0'`` admits every machine of the network.
+        port: Port to listen on; by default the first free one from 7860.
 
     Yields:
         The address of the page.
@@ -172,6 +214,9 @@ def serve(
         OSError: The port is taken.
     """
     with tempfile.TemporaryDirectory(prefix='mmsvit-demo-') as folder:
+        # Inherited settings could expose files of the server, or the page to the internet.
+        for name in [name for name in os.environ if name.startswith('GRADIO_')]:
+            del os.environ[name]
         os.environ['GRADIO_TEMP_DIR'] = folder
         os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
         page = build_page(demo, title)
@@ -192,7 +237,9 @@ def serve(
             allowed_paths=[],
             max_file_size=demo.max_bytes,
             state_session_capacity=100,
-            app_kwargs=dict(middleware=[Middleware(_ContentSecurityPolicy)]),
+            app_kwargs=dict(
+                middleware=[Middleware(_ContentSecurityPolicy), Middleware(_NoAddresses)]
+            ),
             theme=gr.themes.Default(**fonts),
             css=STYLE,
         )

@@ -1,4 +1,4 @@
-"""A config's model on single images: its predictions, and the super tokens of its backbone."""
+"""Run a config's model on single images: predictions and super tokens of the backbone."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from ..visualization.super_token_maps import SuperTokenMap, SuperTokenRecorder
 def _check_device(device: str | torch.device) -> None:
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # No driver, no such name; no CUDA in PyTorch.
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA.
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f'the device {str(device)!r} cannot be used: {reason}') from error
 
 
 def _test_dataset(cfg: Config) -> ConfigDict:
     if cfg.get('test_dataloader') is None:
-        raise ValueError('the config has no test_dataloader, whose pipeline is wanted')
+        raise ValueError('the config has no test_dataloader, whose pipeline prepares the images')
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:  # a wrapper, such as RepeatDataset
         dataset = dataset.dataset
@@ -43,18 +43,18 @@ def _test_dataset(cfg: Config) -> ConfigDict:
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
-    """Classes and colours of the test data, without reading any of it."""
+    """Classes and colours of the test dataset, without loading it."""
     dataset = _test_dataset(cfg)
     kind = dataset.type
     if not isinstance(kind, type):
-        with DATASETS.switch_scope_and_registry(None) as registry:  # That of the default scope.
+        with DATASETS.switch_scope_and_registry(None) as registry:  # of the default scope
             kind = registry.get(kind)
     meta = {**getattr(kind, 'METAINFO', {}), **(dataset.get('metainfo') or {})}
     return {key.lower(): value for key, value in meta.items()}
 
 
 def _enlarge(image: np.ndarray, sample: BaseDataElement) -> tuple[np.ndarray, BaseDataElement]:
-    """A small image and what was found in it, large enough to write beside objects."""
+    """Enlarge a small image and its predictions, to leave room for labels."""
     factor = round(SMALLEST_PICTURE / max(image.shape[:2]))
     if factor < 2:
         return image, sample
@@ -67,23 +67,23 @@ def _enlarge(image: np.ndarray, sample: BaseDataElement) -> tuple[np.ndarray, Ba
                 if key == 'bboxes':
                     fields[key] = value * factor
                 elif key in ('masks', 'sem_seg', 'data'):
-                    value = value.repeat_interleave(factor, -1)
-                    fields[key] = value.repeat_interleave(factor, -2)
+                    fields[key] = value.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
             setattr(sample, name, type(data)(**fields))
     return fit(image, factor * max(image.shape[:2])), sample
 
 
 class ImageModel:
-    """A model of MMDetection, MMSegmentation or MMPretrain around SViT, for single images.
+    """A model of MMDetection, MMSegmentation or MMPretrain with SViT, for single images.
 
     Images go through the pipeline of the config's ``test_dataloader``, without annotations.
 
     Args:
         cfg: The config.
-        device: Where it runs.
+        device: The device of the model.
 
     Raises:
-        ValueError: The config has no such model or no test data, or there is no such device.
+        ValueError: The config has no model with SViT or no test data, or the device cannot be
+            used.
     """
 
     def __init__(self, cfg: Config, device: str | torch.device = 'cpu') -> None:
@@ -98,15 +98,15 @@ class ImageModel:
         self.dataset_meta = _dataset_meta(cfg)
 
     def load_backbone(self, checkpoint: str | Path) -> None:
-        """Load the backbone's weights alone; see :func:`mmsvit.checkpoint.load_pretrained`."""
+        """Load weights of the backbone only, see :func:`mmsvit.checkpoint.load_pretrained`."""
         load_pretrained(self.backbone, checkpoint)
 
     def load(self, checkpoint: str | Path) -> None:
-        """Load the whole model, exactly or not at all.
+        """Load a checkpoint of the model strictly, with its ``dataset_meta``.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            RuntimeError, ValueError: It cannot be read, or it does not fit.
+            FileNotFoundError: The file does not exist.
+            RuntimeError, ValueError: It cannot be read, or its weights do not fit.
         """
         read = read_checkpoint(checkpoint)
         load_state_dict(self.model, model_state_dict(read), strict=True)
@@ -126,35 +126,36 @@ class ImageModel:
         Args:
             data: From :meth:`prepare`.
             stages: See :class:`SuperTokenRecorder`.
-            block: The same.
+            block: See :class:`SuperTokenRecorder`.
 
         Returns:
-            The image that the backbone got, RGB without padding, and the map of each stage.
+            The input of the backbone as an RGB image without padding, and the map of each stage.
         """
-        batch = self.model.data_preprocessor(pseudo_collate([data]), False)
+        preprocessor = self.model.data_preprocessor
+        batch = preprocessor(pseudo_collate([data]), False)
         with SuperTokenRecorder(self.backbone, stages, block) as recorder:
             self.backbone(batch['inputs'])
-        preprocessor, size = self.model.data_preprocessor, data['inputs'].shape[-2:]
-        return seen_image(preprocessor, recorder.images[0], size), recorder.maps()[0]
+        seen = seen_image(preprocessor, recorder.images[0], data['inputs'].shape[-2:])
+        return seen, recorder.maps()[0]
 
     @torch.no_grad()
     def predict(self, data: dict) -> BaseDataElement:
-        """The model's prediction for what :meth:`prepare` returned."""
+        """The model's prediction for the data from :meth:`prepare`."""
         return self.model.test_step(pseudo_collate([data]))[0]
 
     def draw_prediction(
         self, image: np.ndarray, sample: BaseDataElement, threshold: float = 0.3
     ) -> np.ndarray:
-        """Draw a prediction by the visualizer of the config's library.
+        """Draw a prediction with the config's visualizer.
 
         Args:
-            image: As in the file, RGB, uint8.
+            image: The image of the file, RGB, uint8.
             sample: From :meth:`predict`.
-            threshold: Lowest score of an object that is drawn.
+            threshold: Minimum score of objects to draw.
 
         Returns:
-            A picture, larger than a small image. The image itself where nothing is to be drawn: of
-            a classifier's prediction, and of a panoptic one without any segment.
+            The picture, in which small images are enlarged; the image itself for predictions of
+            classifiers and panoptic predictions without segments.
         """
         if 'pred_score' in sample:
             return image
@@ -175,11 +176,11 @@ class ImageModel:
     def describe_prediction(
         self, sample: BaseDataElement, threshold: float = 0.3, most: int = 20
     ) -> list[tuple[str, str]]:
-        """Names and figures of what was found, the most important first.
+        """Class names and percentages of a prediction, the highest first.
 
         Returns:
-            Of a detector objects and scores, of a segmentor classes and their share of the
-            image, of a panoptic one segments and their share, of a classifier classes and scores.
+            Objects and scores of detectors, classes and shares of the image of segmentors,
+            segments and shares of panoptic models, classes and scores of classifiers.
         """
         if 'pred_panoptic_seg' in sample:
             labels, scores = self._segments(sample.pred_panoptic_seg.sem_seg)
@@ -200,11 +201,11 @@ class ImageModel:
         return [(str(name), f'{scores[i]:.1%}') for name, i in zip(names, best)]
 
     def _segments(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Class of each segment of a panoptic map, and its share of the image."""
+        """Class and share of the image of each segment of a panoptic map."""
         from mmdet.evaluation import INSTANCE_OFFSET
 
         found, counts = ids.unique(return_counts=True)
         labels = found % INSTANCE_OFFSET
-        # Behind the classes comes what is nothing.
+        # Labels from the number of classes on mean no segment.
         known = labels < len(self.dataset_meta.get('classes') or ())
         return labels[known], counts[known] / ids.numel()

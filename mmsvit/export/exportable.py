@@ -1,7 +1,7 @@
-"""Models of configs as plain functions from RGB images to named tensors, ready to be exported.
+"""Models of configs as plain functions from RGB images to named tensors, ready for export.
 
-What mm* models do with lists of data samples is left out: an exported file takes a batch of
-images and returns tensors.
+An exported file takes a batch of images and returns tensors; the data samples of mm* models are
+left out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PARTS = ('model', 'neck', 'backbone')
 
 
 class AdaptivePooling(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` as two matrix products, for maps whose size is not known yet."""
+    """``nn.AdaptiveAvgPool2d`` as two matrix products, for maps of dynamic size."""
 
     def __init__(self, output_size: int | tuple[int, int]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class AdaptivePooling(nn.Module):
 
     @staticmethod
     def _weights(bins: int, like: Tensor, dim: int) -> Tensor:
-        """What each position has in the mean of each bin, ``(bins, size)``."""
+        """Weight of each position in the mean of each bin, ``(bins, size)``."""
         size = like.shape[dim]
         place = torch.arange(size, device=like.device)
         number = torch.arange(bins, device=like.device)[:, None]
@@ -54,7 +54,7 @@ def _replace_adaptive_pooling(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d):
-                size = cast(int | tuple[int, int], child.output_size)  # None is rare, and refused.
+                size = cast(int | tuple[int, int], child.output_size)  # None is rare, and fails.
                 setattr(parent, name, AdaptivePooling(size))
 
 
@@ -62,13 +62,12 @@ class Exportable(nn.Module):
     """A model or a part of it, from images to a dict of tensors.
 
     Args:
-        model: An mm* model in evaluation mode; what the part does not need is taken off it.
+        model: An mm* model in evaluation mode; children that the part does not use are deleted.
         part: ``'backbone'``, ``'neck'`` (backbone and neck) or ``'model'``.
-        normalize: Whether to begin with what the model's data preprocessor does to pixels.
+        normalize: Whether to normalise the images as the model's data preprocessor does.
 
     Raises:
-        ValueError: The model has no such part that can be exported; the message names those
-            that can.
+        ValueError: The model cannot be exported; the message names the parts that can.
     """
 
     mean: Tensor
@@ -77,6 +76,8 @@ class Exportable(nn.Module):
     def __init__(self, model: BaseModel, part: str = 'model', normalize: bool = True) -> None:
         super().__init__()
         self.model, self.part = model, part
+        if part not in PARTS:
+            raise ValueError(f'part must be one of {PARTS}, found {part!r}')
         self.run, uses = RUNNERS[part if part != 'model' else _kind_of(model)]
         preprocessor = model.data_preprocessor
         for name, _ in list(model.named_children()):
@@ -86,18 +87,18 @@ class Exportable(nn.Module):
         if self.normalize:
             self.register_buffer('mean', preprocessor.mean.reshape(-1, 1, 1))
             self.register_buffer('std', preprocessor.std.reshape(-1, 1, 1))
-        # mm* read images as BGR, and some models want them so.
+        # mm* read images as BGR, and some models take BGR.
         self.to_bgr = normalize and not takes_rgb(preprocessor)
 
     @property
     def input_description(self) -> str:
-        """What the images must be, in words."""
+        """The expected images, in words."""
         if not (self.normalize or self.to_bgr):
-            return "images as the model's data_preprocessor makes them, float32 (N, 3, H, W)"
+            return "images from the model's data_preprocessor, float32 (N, 3, H, W)"
         return 'RGB images of values from 0 to 255, float32 (N, 3, H, W)'
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Run the model on images as :attr:`input_description` says."""
+        """Run the model on images, see :attr:`input_description`."""
         if self.to_bgr:
             images = images.flip(1)
         if self.normalize:
@@ -106,14 +107,14 @@ class Exportable(nn.Module):
 
 
 def _kind_of(model: BaseModel) -> str:
-    """Which of RUNNERS runs a whole model."""
+    """The key of :data:`RUNNERS` for ``part='model'``."""
     if hasattr(model, 'encode_decode'):
-        heads = model.decode_head  # Of a cascade there are several.
+        heads = model.decode_head  # A cascade has several.
         head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
         if not hasattr(head, 'cls_seg'):
             raise ValueError(
-                f'a {type(model).__name__} with a {type(head).__name__} cannot be exported '
-                "whole: it classifies masks and not pixels. Export its 'neck' or 'backbone'"
+                f'a {type(model).__name__} with a {type(head).__name__} cannot be exported as '
+                "'model': it classifies masks, not pixels. Export its 'neck' or 'backbone'"
             )
         return 'segmentor'
     if hasattr(model, 'bbox_head') and not hasattr(model, 'encoder'):
@@ -123,8 +124,8 @@ def _kind_of(model: BaseModel) -> str:
     if hasattr(model, 'head'):
         return 'classifier'
     raise ValueError(
-        f'a {type(model).__name__} cannot be exported whole; classifiers, segmentors, '
-        'one-stage detectors and two-stage detectors up to their RPN can. Export its '
+        f"a {type(model).__name__} cannot be exported as 'model'; supported are classifiers, "
+        'segmentors, one-stage detectors, and two-stage detectors up to their RPN. Export its '
         "'neck' or 'backbone'"
     )
 
@@ -150,18 +151,18 @@ def _name(
 
 
 def _name_outputs(outputs: tuple[list[Tensor], ...]) -> dict[str, Tensor]:
-    """What a dense head returns: scores, boxes and maybe more, each a list with all levels."""
+    """Name the outputs of a dense head: scores, boxes and maybe more, each a list of levels."""
     names = ('cls_score', 'bbox_pred', 'extra')
     if len(outputs) > len(names):
-        raise ValueError(f'a dense head with {len(outputs)} kinds of output cannot be exported')
-    found: dict[str, Tensor] = {}
-    for name, tensors in zip(names, outputs):
-        found.update(_name(name, tensors))
-    return found
+        raise ValueError(
+            f'a dense head with {len(outputs)} kinds of output cannot be exported; at most '
+            f'{len(names)} are supported'
+        )
+    return {f'{name}{i}': x for name, xs in zip(names, outputs) for i, x in enumerate(xs)}
 
 
-# How each part, and each kind of a whole model, runs, and the children of the model that it needs: a
-# file would carry the weights of all others.
+# How each part and each kind of model runs, and the children that it uses: the weights of others
+# would enlarge the file.
 RUNNERS: dict[str, tuple[Callable[[BaseModel, Tensor], dict[str, Tensor]], tuple[str, ...]]] = {
     'backbone': (
         lambda model, images: _name('stage', model.backbone(images), model.backbone.out_indices),
@@ -195,16 +196,16 @@ def build_exportable(
 
     Args:
         cfg: A config of MMDetection, MMSegmentation or MMPretrain.
-        checkpoint: Of the whole model, or for the backbone of any that
-            :func:`mmsvit.checkpoint.load_pretrained` takes. By default the weights are those
-            that ``init_cfg`` says, which leaves heads as they are before training.
+        checkpoint: A checkpoint of the model, or for the backbone any that
+            :func:`mmsvit.checkpoint.load_pretrained` supports. By default weights are initialised
+            from ``init_cfg``, so heads are untrained.
         part: See :class:`Exportable`.
         normalize: See :class:`Exportable`.
-        deploy: Whether to call ``switch_to_deploy`` of what has it.
+        deploy: Whether to call ``switch_to_deploy`` of the modules that have it.
 
     Raises:
-        ValueError, RuntimeError: The weights do not fit, or there is no such part.
-        FileNotFoundError: There is no such checkpoint.
+        ValueError, RuntimeError: The weights do not fit, or the part cannot be exported.
+        FileNotFoundError: The checkpoint does not exist.
     """
     model = build_model(cfg)
     if checkpoint is None:

@@ -1,13 +1,12 @@
-"""Writing a model to a file that runs without mm*, and proving the file right.
+"""Write a model to a file that runs without mm*, and verify the file.
 
-A file that is read again and gives other numbers than the model, at any of several image
-sizes, is not kept.
+The file is read again and compared with the model at several image sizes; if any output differs,
+it is removed.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,29 +20,29 @@ from torch.export import Dim
 Run = Callable[[Tensor], dict[str, Tensor]]
 
 CHECK_SHAPES = ((1, 64, 96), (2, 97, 131), (1, 224, 224), (3, 33, 257))
-"""Batch size, height and width: sizes that divide into cells and sizes that do not."""
+"""Batch size, height and width: sizes divisible into super token cells, and others."""
 
 MIN_SIZE = 33
-"""With less, the last stage is one token high or wide, and torch.export takes 1 for a constant."""
+"""For smaller images, the last stage has size 1, which torch.export treats as a constant."""
 
 DIFFERENT_LABELS = 1e-3
-"""The share of integers that may differ: where two logits are as good as equal."""
+"""Maximum share of integers that may differ, as labels do where two logits are nearly equal."""
 
 
 class ExportError(RuntimeError):
-    """A file could not be written, or is not right."""
+    """A file could not be written, or its outputs are wrong."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far a file is from the model.
+    """Comparison of one output of a file with that of the model.
 
     Attributes:
         shape: Batch size, height and width of the images.
         output: Name of the output.
-        error: The largest difference over the largest absolute value; of integers, the share
-            that differs; infinite if shapes or types differ or values are not finite.
-        limit: What it may be.
+        error: The largest difference over the largest absolute value; for integers, the share
+            that differs; infinite if shapes or dtypes differ or values are not finite.
+        limit: Maximum of ``error``.
     """
 
     shape: tuple[int, int, int]
@@ -71,30 +70,29 @@ def export(
     Args:
         model: In evaluation mode; from float images ``(N, 3, H, W)`` to a dict of tensors, as
             :class:`mmsvit.export.exportable.Exportable`.
-        path: The file to write; it must not exist. It is kept only if it is right.
+        path: The file to write; it must not exist, and is removed if an output is wrong.
         file_format: One of :data:`FORMATS`.
-        shape: Height and width of the images that the model is recorded with.
+        shape: Height and width of the images for tracing.
         check_shapes: Batch sizes, heights and widths to compare at.
-        tolerance: What :attr:`Check.error` of floating point outputs may be.
-        normalised: Whether the model takes images of mean 0 and deviation 1, and not pixels of
-            values from 0 to 255.
+        tolerance: Maximum :attr:`Check.error` of floating point outputs.
+        normalised: Whether the model takes images of mean 0 and standard deviation 1 instead of
+            pixels from 0 to 255.
 
     Returns:
-        What was compared.
+        All comparisons.
 
     Raises:
-        ExportError: The model cannot be exported, or the file gives other numbers; the message
-            says which.
-        FileExistsError: There is a file of that name.
+        ExportError: The model cannot be exported, or outputs of the file are wrong.
+        FileExistsError: ``path`` exists.
         ImportError: A package that the format needs is missing.
-        ValueError: There is no such format, or a shape is too small.
+        ValueError: The format is unknown, or a shape is too small.
     """
     if file_format not in FORMATS:
         raise ValueError(f'format {file_format!r} is unknown; use one of {list(FORMATS)}')
     shapes = list(check_shapes)
     if min(*shape, *(size for each in shapes for size in each[1:])) < MIN_SIZE:
         raise ValueError(
-            f'images are to be {MIN_SIZE}x{MIN_SIZE} pixels or more, found {shape} to export and '
+            f'images must have {MIN_SIZE}x{MIN_SIZE} pixels or more, found {shape} to export and '
             f'{shapes} to check'
         )
     write, read = FORMATS[file_format]
@@ -106,12 +104,12 @@ def export(
     try:
         try:
             with torch.no_grad(), _quiet():
-                # Two images: one would be taken for a constant.
+                # Two images: torch.export treats 1 as a constant.
                 write(model, random_images((2, *shape), normalised), unverified)
                 run = read(unverified)
         except ImportError:
             raise
-        except Exception as error:  # Exporters raise whatever they meet.
+        except Exception as error:  # Exporters can raise anything.
             raise ExportError(
                 f'{file_format} export failed ({type(error).__name__}): {_first_lines(error)}'
             ) from error
@@ -121,8 +119,8 @@ def export(
             worst = max(failed, key=lambda check: check.error / check.limit)
             raise ExportError(
                 f'the {file_format} file is wrong in {len(failed)} of {len(checks)} comparisons '
-                f'and was removed; {worst.output} at {worst.shape} is off by {worst.error:.2g}, '
-                f'allowed are {worst.limit:.2g}'
+                f'and was removed; the error of {worst.output} at {worst.shape} is '
+                f'{worst.error:.2g}, at most {worst.limit:.2g} is allowed'
             )
         unverified.replace(path)
     finally:
@@ -138,18 +136,18 @@ def compare(
     tolerance: float,
     normalised: bool = False,
 ) -> Iterator[Check]:
-    """Compare what a file gives with what the model gives, on random images."""
+    """Compare the outputs of a file and of the model on random images."""
     for shape in shapes:
         images = random_images(shape, normalised)
         expected = model(images)
         try:
             found = run(images)
-        except Exception as error:  # Which of them depends on who runs the file.
+        except Exception as error:  # The type depends on the runtime.
             raise ExportError(
-                f'the file does not run at {shape} ({type(error).__name__}): {_first_lines(error)}'
+                f'the file fails at {shape} ({type(error).__name__}): {_first_lines(error)}'
             ) from error
         if list(found) != list(expected):
-            raise ExportError(f'the file returns {list(found)}, the model {list(expected)}')
+            raise ExportError(f'the file returns {list(found)}, expected {list(expected)}')
         for name, tensor in expected.items():
             limit = tolerance if tensor.is_floating_point() else DIFFERENT_LABELS
             yield Check(shape, name, difference(found[name], tensor), limit)
@@ -166,7 +164,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def random_images(shape: tuple[int, int, int], normalised: bool = False) -> Tensor:
-    """Pixels from 0 to 255, or normal noise, ``(N, 3, H, W)``; the same for the same shape."""
+    """Pixels from 0 to 255, or normal noise, ``(N, 3, H, W)``, deterministic for a shape."""
     n, height, width = shape
     generator = torch.Generator().manual_seed(0)
     if normalised:
@@ -174,16 +172,15 @@ def random_images(shape: tuple[int, int, int], normalised: bool = False) -> Tens
     return 255 * torch.rand(n, 3, height, width, generator=generator)
 
 
-def _dynamic_shapes(min_size: int) -> tuple[dict[int, Dim]]:
-    return (
-        {0: Dim('batch', min=1), 2: Dim('height', min=min_size), 3: Dim('width', min=min_size)},
-    )
+def _dynamic_shapes() -> tuple[dict[int, Dim]]:
+    height, width = (Dim(name, min=MIN_SIZE) for name in ('height', 'width'))
+    return ({0: Dim('batch', min=1), 2: height, 3: width},)
 
 
 def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     try:
         import onnx
-        import onnxruntime  # noqa: F401  (before minutes of exporting what it is to check)
+        import onnxruntime  # noqa: F401  (fails before the slow export)
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
@@ -194,7 +191,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
         model,
         (images,),
         dynamo=True,
-        dynamic_shapes=_dynamic_shapes(MIN_SIZE),
+        dynamic_shapes=_dynamic_shapes(),
         input_names=['images'],
         output_names=list(model(images)),
         verbose=False,
@@ -225,8 +222,8 @@ def _write_torchscript(model: nn.Module, images: Tensor, path: Path) -> None:
 
 
 def _write_torch_export(model: nn.Module, images: Tensor, path: Path) -> None:
-    program = torch.export.export(model, (images,), dynamic_shapes=_dynamic_shapes(MIN_SIZE))
-    with path.open('wb') as file:  # By name it would insist on the suffix .pt2.
+    program = torch.export.export(model, (images,), dynamic_shapes=_dynamic_shapes())
+    with path.open('wb') as file:  # With a path, the suffix would have to be .pt2.
         torch.export.save(program, file)
 
 
@@ -240,12 +237,12 @@ FORMATS: dict[str, tuple[Callable[[nn.Module, Tensor, Path], None], Callable[[Pa
     'torchscript': (_write_torchscript, torch.jit.load),
     'torch-export': (_write_torch_export, _read_torch_export),
 }
-"""How each kind of file is written and read."""
+"""Writer and reader of each format."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters say about their own insides and about checks of the input's shape."""
+    """Silence warnings about internals of the exporters and about checks of the input's shape."""
     logger = logging.getLogger('torch.onnx')
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -258,4 +255,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_lines(error: Exception) -> str:
-    return os.linesep.join(str(error).strip().splitlines()[:12])
+    return '\n'.join(str(error).strip().splitlines()[:12])

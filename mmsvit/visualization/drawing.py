@@ -1,4 +1,4 @@
-"""Drawing super tokens: their borders, their mean colours, and attention from a point.
+"""Draw super tokens: their borders, their mean colours, and attention from a point.
 
 All pictures are RGB, uint8, ``(height, width, 3)``.
 """
@@ -21,8 +21,8 @@ from .super_token_maps import SuperTokenMap
 
 SMALLEST_PICTURE = 640  # pixels of the longer side: smaller images are enlarged
 TILE = 480  # pixels of the longer side of a picture on a sheet
-COLUMN = 340  # pixels that a picture's column has at least, for what is written below it
-SUPERSAMPLING = 2  # what smooths the borders
+COLUMN = 340  # minimum width in pixels of a picture's column, for the text below it
+SUPERSAMPLING = 2  # smooths the borders
 COLOUR_MAP = 'inferno'
 TEXT = dict(family='DejaVu Sans', color='#222222', verticalalignment='center')
 DPI = 100
@@ -30,13 +30,13 @@ DPI = 100
 
 @dataclass(frozen=True)
 class AttentionPoint:
-    """Where attention is looked at from, and how.
+    """The point from which to draw attention, and which attention.
 
     Attributes:
         x: From the left edge (0) to the right edge (1) of the image.
         y: From the upper edge (0) to the lower edge (1).
         of: See :meth:`SuperTokenMap.attention_from`.
-        head: The same.
+        head: See :meth:`SuperTokenMap.attention_from`.
     """
 
     x: float = 0.5
@@ -47,7 +47,7 @@ class AttentionPoint:
     def __post_init__(self) -> None:
         if not (0 <= self.x <= 1 and 0 <= self.y <= 1):
             raise ValueError(
-                f'a point is given as fractions of width and height, from 0 to 1; found '
+                'x and y of a point must be fractions of width and height, from 0 to 1; found '
                 f'x={self.x}, y={self.y}'
             )
 
@@ -58,12 +58,12 @@ class AttentionPoint:
 
 
 def seen_image(preprocessor: nn.Module, normalised: Tensor, size: Sequence[int]) -> np.ndarray:
-    """The image that the backbone got, in colours again.
+    """An input of the backbone as a picture, with its normalisation undone.
 
     Args:
         preprocessor: The model's ``data_preprocessor``.
-        normalised: One image as it comes from there, ``(3, H, W)``.
-        size: Height and width of the image without the padding at its bottom and right.
+        normalised: One image from the preprocessor, ``(3, H, W)``.
+        size: Height and width of the image without its padding at the bottom and right.
 
     Raises:
         ValueError: The image does not have three channels.
@@ -81,7 +81,7 @@ def seen_image(preprocessor: nn.Module, normalised: Tensor, size: Sequence[int])
 
 
 def fit(image: np.ndarray, longer_side: int) -> np.ndarray:
-    """Resize an image so that its longer side has this many pixels."""
+    """Resize an image to a longer side of this many pixels."""
     scale = longer_side / max(image.shape[:2])
     size = [max(round(n * scale), 1) for n in image.shape[1::-1]]
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
@@ -92,12 +92,12 @@ def draw_tessellation(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
 
     Args:
         image: The picture to draw on.
-        labels: The super token of each pixel, integers, an integer multiple of the image's
-            size; the larger, the smoother the borders.
+        labels: The super token of each pixel, integers, of an integer multiple of the image's
+            size; a larger multiple gives smoother borders.
 
     Returns:
-        The image with the borders between super tokens, and every super token in the mean
-        colour of its pixels.
+        The image with the borders of super tokens, and each super token in the mean colour of
+        its pixels.
     """
     height, width = image.shape[:2]
     fine = cv2.resize(image, labels.shape[::-1], interpolation=cv2.INTER_LINEAR)
@@ -111,7 +111,7 @@ def draw_tessellation(image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     border = np.zeros(labels.shape, np.uint8)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     border[1:] |= labels[1:] != labels[:-1]
-    # With a shadow, to be seen on white.
+    # The shadow shows the borders on white.
     line = cv2.dilate(border, np.ones((2, 2), np.uint8)).astype(np.float32)
     shadow = cv2.GaussianBlur(line, (0, 0), 3)
     line, shadow = (
@@ -130,16 +130,16 @@ def draw_attention(
 
     Args:
         image: The picture to draw on.
-        weights: For each pixel, see :meth:`SuperTokenMap.attention_from`.
-        point: Row and column in the picture of the ring to draw.
+        weights: Weight of each pixel, see :meth:`SuperTokenMap.attention_from`.
+        point: Row and column of the ring to draw.
 
     Returns:
-        The picture, and the weight that the brightest colour stands for. Black is 0.
+        The picture, and the weight of the brightest colour; black is 0.
     """
     top = max(float(np.quantile(weights, 0.998)), 1e-6)
     colours = matplotlib.colormaps[COLOUR_MAP](np.clip(weights / top, 0, 1))[..., :3] * 255
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32)
-    # The image only gives relief to the colours, whose brightness carries the weights.
+    # Brightness shows the weights; the image only adds faint structure.
     picture = colours * (0.62 + 0.38 * grey / 255) + 0.16 * grey * (1 - colours / 255)
     picture = np.ascontiguousarray(picture.round().clip(0, 255).astype(np.uint8))
     draw_ring(picture, point)
@@ -152,10 +152,8 @@ def draw_ring(picture: np.ndarray, point: tuple[float, float]) -> None:
     centre = (round(point[1] * 2**shift), round(point[0] * 2**shift))
     radius = max(picture.shape[:2]) / 60
     for colour, width in (((20, 20, 20), radius / 1.6), ((255, 255, 255), radius / 3.6)):
-        cv2.circle(
-            *(picture, centre, round(radius * 2**shift), colour),
-            *(max(round(width), 1), cv2.LINE_AA, shift),
-        )
+        thickness = max(round(width), 1)
+        cv2.circle(picture, centre, round(radius * 2**shift), colour, thickness, cv2.LINE_AA, shift)
 
 
 def draw_super_tokens(
@@ -164,9 +162,9 @@ def draw_super_tokens(
     """:func:`draw_tessellation` of one layer's super tokens.
 
     Args:
-        image: What the backbone got, without padding.
+        image: From :func:`seen_image`.
         maps: From :class:`SuperTokenRecorder`.
-        longer_side: Size of the pictures in pixels.
+        longer_side: Longer side of the pictures in pixels.
     """
     picture = fit(image, longer_side)
     fine = tuple(SUPERSAMPLING * n for n in picture.shape[:2])
@@ -177,7 +175,7 @@ def draw_super_tokens(
 def draw_attention_from(
     image: np.ndarray, maps: SuperTokenMap, point: AttentionPoint, longer_side: int
 ) -> tuple[np.ndarray, float]:
-    """:func:`draw_attention` of one layer from a point; arguments as above."""
+    """:func:`draw_attention` from a point; for arguments see :func:`draw_super_tokens`."""
     picture = fit(image, longer_side)
     image_size, size = image.shape[:2], picture.shape[:2]
     weights = maps.attention_from(point.pixel(image_size), point.of, point.head)
@@ -196,11 +194,11 @@ def _caption(maps: SuperTokenMap) -> str:
 
 
 class Sheet:
-    """A white page on which pictures and text have their places in pixels.
+    """A white page with pictures and text at positions in pixels.
 
     Args:
-        width: Of the page.
-        height: The same.
+        width: Width of the page in pixels.
+        height: Height of the page in pixels.
     """
 
     def __init__(self, width: int, height: int) -> None:
@@ -214,10 +212,10 @@ class Sheet:
         self.figure.figimage(picture, x, self.height - y - picture.shape[0], origin='upper')
 
     def text(self, text: str, x: int, y: int, size: float, **style: str) -> None:
-        """Write a line that begins at x and is centred on y."""
+        """Write a line that starts at x and is centred on y."""
         width = self.figure.get_figwidth() * DPI
         options: dict[str, Any] = {**TEXT, **style, 'fontsize': size}
-        # A dollar in a file name begins no formula.
+        # A dollar in a file name does not start a formula.
         self.figure.text(x / width, 1 - y / self.height, text, parse_math=False, **options)
 
     def render(self) -> np.ndarray:
@@ -233,14 +231,14 @@ def super_token_sheet(
     title: str = '',
     note: str = '',
 ) -> np.ndarray:
-    """One picture of all super tokens of an image: a row for each stage.
+    """Draw the super tokens of an image on one sheet, with a row for each stage.
 
     Args:
-        image: What the backbone got, without padding.
+        image: From :func:`seen_image`.
         maps: From :class:`SuperTokenRecorder`.
-        point: Where attention is looked at from.
+        point: The point from which to draw attention.
         title: First line.
-        note: Below it, such as whose weights these are.
+        note: Second line, such as the name of the checkpoint.
     """
     margin, gap, head, caption, bar = 28, 14, 74, 40, 34
     tile = fit(image, TILE)
@@ -268,7 +266,7 @@ def super_token_sheet(
 
 
 def _colour_bar(sheet: Sheet, x: int, y: int, width: int, top: float) -> None:
-    """What the colours of attention mean, in one line below the picture."""
+    """Draw the legend of the colours of attention, in one line below the picture."""
     length, thickness, end = round(0.2 * width), 10, x + width - 88
     ramp = matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, length))[None, :, :3] * 255
     ramp = np.repeat(ramp, thickness, axis=0).round().astype(np.uint8)

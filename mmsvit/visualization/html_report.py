@@ -1,4 +1,4 @@
-"""A page of text, tables and pictures in one HTML file, which any browser opens, offline too."""
+"""A report of text, tables and pictures in one HTML file, which also opens offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: .85rem; 
 
 
 class HtmlReport:
-    """What is added, from top to bottom.
+    """A page to which parts are added from top to bottom.
 
     Args:
         title: Heading of the page.
@@ -36,7 +36,7 @@ class HtmlReport:
         self._parts = [f'<h1>{self._title}</h1>']
 
     def heading(self, text: str) -> None:
-        """Begin a section."""
+        """Add a heading."""
         self._parts.append(f'<h2>{escape(text)}</h2>')
 
     def text(self, text: str) -> None:
@@ -44,7 +44,7 @@ class HtmlReport:
         self._parts.append(f'<p>{escape(text)}</p>')
 
     def code(self, text: str) -> None:
-        """Add lines to be typed."""
+        """Add commands."""
         self._parts.append(f'<pre>{escape(text)}</pre>')
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -56,7 +56,7 @@ class HtmlReport:
         self._parts.append(f'<table>{"".join(lines)}</table>')
 
     def figure(self, figure: Figure, caption: str) -> None:
-        """Add a figure of matplotlib."""
+        """Add a matplotlib figure."""
         buffer = BytesIO()
         figure.savefig(buffer, format='png')
         self._image(buffer.getvalue(), 'png', caption)

@@ -1,8 +1,8 @@
-"""Which pixels each super token stands for, and which pixels attention looks at from a point.
+"""The pixels of each super token, and the pixels to which a point attends.
 
-The sampling of one layer, attention among its super tokens and the way back are three matrices
-(paper, Sec. 3.2): what a token gets is a weighted sum over all tokens. Here are these weights,
-and the one that takes most of each token.
+Sampling, attention among super tokens and distribution are three matrices (paper, Sec. 3.2), so
+a layer's output at a token is a weighted sum over all tokens. This module computes these weights,
+and the super token to which each token belongs most.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..ops import distribute
 from ..ops.torch_backend import EPS, scatter_neighbours
 
 PHASES = 4
-"""Super tokens this many cells apart share no token, with a cell between them to spare."""
+"""Super tokens this many cells apart share no token, with at least a cell between them."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class SuperTokenMap:
     """The super tokens of one attention layer for one image.
 
     Attributes:
-        stage: Counted from 0, as in ``out_indices``.
-        block: Counted from 0 within the stage.
-        num_blocks: Blocks of the stage.
+        stage: Index of the stage, from 0 as in ``out_indices``.
+        block: Index of the block in the stage, from 0.
+        num_blocks: Number of blocks in the stage.
         stride: Pixels of the input from one token to the next.
-        super_token_size: Height and width in tokens of the cell that a super token starts from.
-        token_shape: Height and width of the stage's map.
-        association: How much tokens belong to the super tokens around them,
+        super_token_size: Height and width in tokens of the initial cell of a super token.
+        token_shape: Height and width of the stage's feature map.
+        association: Association of tokens with the super tokens around them,
             ``(Gh, Gw, 9, h*w)``, see :func:`mmsvit.ops.sample`.
         query: ``(heads, Gh*Gw, channels of a head)``.
-        key: The same shape.
+        key: ``(heads, Gh*Gw, channels of a head)``.
     """
 
     stage: int
@@ -68,28 +68,30 @@ class SuperTokenMap:
         image_size: tuple[int, int] | None = None,
         smooth: bool = False,
     ) -> Tensor:
-        """The super token that each pixel belongs to most.
+        """The super token to which each pixel belongs most.
 
-        The shares of the tokens are interpolated between them before they are compared, so
-        that borders are smooth.
+        Associations are interpolated between tokens before they are compared, so that borders
+        are smooth.
 
         Args:
             size: Height and width of the result.
-            image_size: Height and width in pixels of the part of the input, from its upper
-                left corner, that the result shows; by default ``size``.
-            smooth: Blur the shares over 3x3 tokens, where cells are larger than that. Where an
-                image has one colour, neighbours have equal shares, and noise would decide.
+            image_size: Height and width in pixels of the shown part of the input, from its upper
+                left corner; by default ``size``.
+            smooth: Blur associations over 3x3 tokens if cells are larger. In areas of one colour,
+                neighbours have equal associations, and noise would decide.
 
         Returns:
-            Numbers of super tokens, counted row by row over the grid, int64 of ``size``.
+            Indices of super tokens, row by row over the grid, int64 of ``size``.
         """
         grid_h, grid_w = self.grid
         h, w = self.super_token_size
         rows, columns = self._positions(size, image_size or size, self.association.device)
         cell_rows, cell_columns = (rows + 0.5) / h - 0.5, (columns + 0.5) / w - 0.5
-        # Neighbours as (row, column); a fourth of each, for super tokens too far away, is 0.
+        # Neighbours as (row, column): those outside the grid are 0, as is a fourth row and column
+        # for distant super tokens.
         shares = self.association.reshape(grid_h, grid_w, 3, 3, h * w)
-        shares = F.pad(shares * self._inside(), (0, 0, 0, 1, 0, 1))
+        inside = F.pad(shares.new_ones(self.grid), (1, 1, 1, 1)).unfold(0, 3, 1).unfold(1, 3, 1)
+        shares = F.pad(shares * inside[..., None], (0, 0, 0, 1, 0, 1))
 
         labels = torch.zeros(size, dtype=torch.int64, device=shares.device)
         largest = shares.new_full(size, -1)
@@ -121,20 +123,20 @@ class SuperTokenMap:
         of: str = 'pixel',
         head: int | None = None,
     ) -> Tensor:
-        """How much each token counts in what a point gets from this layer.
+        """The weight of each token in this layer's output at a point.
 
         Args:
             point: Row and column in pixels of the input.
-            of: ``'pixel'`` for the mixture of super tokens that the point belongs to,
-                ``'super_token'`` for the one that it belongs to most.
-            head: One of the heads, counted from 0; by default the mean of all.
+            of: ``'pixel'`` for all super tokens to which the point belongs, weighted,
+                ``'super_token'`` for the one to which it belongs most.
+            head: Index of a head, from 0; by default the mean of all heads.
 
         Returns:
             Weights of ``token_shape`` as multiples of their mean over all tokens, padding
-            included: 1 is what each would have if they counted the same.
+            included: uniform attention is 1.
 
         Raises:
-            ValueError: There is no such head or ``of``, or the point is outside the map.
+            ValueError: The head or ``of`` is unknown, or the point is outside the map.
         """
         heads = self.query.shape[0]
         if head is not None and not 0 <= head < heads:
@@ -161,9 +163,10 @@ class SuperTokenMap:
         attention = (share[involved, None] * attention).sum(dim=1)
         attention = attention.mean(dim=0) if head is None else attention[head]
 
-        # A super token is the mean of its tokens: each of them counts by its part of the mass.
+        # A super token is the mean of its tokens, weighted by association.
         association = self.association[None]
-        weights = (attention / self._mass()).reshape(1, *self.grid, 1)
+        mass = scatter_neighbours(association.sum(dim=-1, keepdim=True)).flatten() + EPS
+        weights = (attention / mass).reshape(1, *self.grid, 1)
         weights = distribute(association, weights, self.super_token_size, self.token_shape, 'torch')
         return weights[0, ..., 0] * (association.numel() / 9)
 
@@ -175,7 +178,7 @@ class SuperTokenMap:
         Args:
             tokens: ``(H, W)``.
             size: See :meth:`hard_assignment`.
-            image_size: The same.
+            image_size: See :meth:`hard_assignment`.
         """
         rows, columns = self._positions(size, image_size or size, tokens.device)
         return _interpolate(tokens[None], rows, columns)[0]
@@ -183,9 +186,9 @@ class SuperTokenMap:
     def _positions(
         self, size: tuple[int, int], image_size: tuple[int, int], device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Rows and columns of pixels in the map of tokens.
+        """Rows and columns of pixels in the feature map.
 
-        The convolutions that lead to a stage, of stride 2 and padding 1, centre token i on
+        The convolutions before a stage have stride 2 and padding 1, so token i is centred on
         pixel ``stride * i``.
         """
         rows, columns = (
@@ -195,17 +198,8 @@ class SuperTokenMap:
         height, width = self.token_shape
         return rows.clamp(0, height - 1), columns.clamp(0, width - 1)
 
-    def _inside(self) -> Tensor:
-        """Which of the nine neighbours there are: ``(Gh, Gw, 3, 3, 1)``."""
-        around = torch.arange(-1, 2, device=self.association.device)
-        rows, columns = (torch.arange(n, device=around.device)[:, None] + around for n in self.grid)
-        in_rows, in_columns = (
-            (index >= 0) & (index < n) for index, n in zip((rows, columns), self.grid)
-        )
-        return (in_rows[:, None, :, None] & in_columns[None, :, None, :])[..., None]
-
     def _share_of_token(self, row: int, column: int) -> Tensor:
-        """How much one token belongs to every super token, ``(Gh*Gw,)``."""
+        """Association of one token with every super token, ``(Gh*Gw,)``."""
         (h, w), (grid_h, grid_w) = self.super_token_size, self.grid
         cell_row, cell_column = row // h, column // w
         share = self.association.new_zeros(grid_h + 2, grid_w + 2)
@@ -213,23 +207,18 @@ class SuperTokenMap:
         share[cell_row : cell_row + 3, cell_column : cell_column + 3] = nine.reshape(3, 3)
         return share[1:-1, 1:-1].flatten()
 
-    def _mass(self) -> Tensor:
-        """How much of all tokens each super token has, ``(Gh*Gw,)``."""
-        received = self.association.sum(dim=-1, keepdim=True)
-        return scatter_neighbours(received[None]).flatten() + EPS
-
 
 def _phase(phase: int, cells: Tensor, grid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every fourth super token along one axis: which one is near, and is which neighbour.
+    """Find the nearest of every fourth super token along one axis.
 
     Args:
-        phase: Number of the first one.
-        cells: Positions of pixels, in cells from the centre of the first one.
-        grid: How many super tokens there are along the axis.
+        phase: Index of the first of these super tokens.
+        cells: Positions of pixels, in cells from the centre of the first cell.
+        grid: Number of super tokens along the axis.
 
     Returns:
-        For each pixel the number of the nearest, and whether there is one of that number; for
-        each cell, which of its neighbours it is, 3 for none.
+        For each pixel, index of the nearest of them, and whether it is in the grid; for each
+        cell, which of its neighbours is one of them, 3 for none.
     """
     nearest = phase + PHASES * ((cells - phase) / PHASES).round().long()
     neighbours = (phase - torch.arange(grid, device=cells.device) + 1) % PHASES
@@ -237,14 +226,14 @@ def _phase(phase: int, cells: Tensor, grid: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _blur(maps: Tensor) -> Tensor:
-    """Blur ``(K, H, W)`` by 1 2 1 along both axes."""
+    """Blur ``(K, H, W)`` with the kernel [1, 2, 1] / 4 along both axes."""
     kernel = maps.new_tensor([1, 2, 1]) / 4
     kernel = (kernel[:, None] * kernel).expand(1, 1, 3, 3)
     return F.conv2d(F.pad(maps[:, None], (1, 1, 1, 1), mode='replicate'), kernel)[:, 0]
 
 
 def _interpolate(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Values of ``(K, H, W)`` at all pairs of fractional rows and columns, bilinear."""
+    """Bilinear interpolation of ``(K, H, W)`` at all pairs of fractional rows and columns."""
     height, width = maps.shape[1:]
     y, x = (
         2 * positions / max(n - 1, 1) - 1 for positions, n in ((rows, height), (columns, width))
@@ -262,20 +251,20 @@ def attention_layers(backbone: SViT) -> list[list[SuperTokenAttention]]:
 
 
 class SuperTokenRecorder:
-    """Keep what the backbone's attention layers see while this context is entered.
+    """Record the inputs of the backbone's attention layers while this context is entered.
 
         with SuperTokenRecorder(model.backbone) as recorder:
             model.test_step(data)
         maps = recorder.maps()
 
     Args:
-        backbone: The model; nothing in it is changed for longer than the context.
-        stages: Which stages, counted from 0; by default those with super tokens.
-        block: Which block of each, counted from 0, or from -1 backwards.
-        max_images: Keep that many images of a batch; by default all.
+        backbone: The backbone; it has hooks only while the context is entered.
+        stages: Indices of the stages, from 0; by default those with super tokens.
+        block: Index of the block in each stage, from 0, or from -1 backwards.
+        max_images: Number of images to keep of a batch; by default all.
 
     Raises:
-        ValueError: There is no such stage or block, or none samples super tokens.
+        ValueError: A stage or block does not exist, or by default no stage samples super tokens.
     """
 
     def __init__(
@@ -289,7 +278,7 @@ class SuperTokenRecorder:
         if stages is None:
             stages = [i for i, found in enumerate(layers) if found[-1].has_super_tokens]
             if not stages:
-                raise ValueError('no stage of this backbone samples super tokens; name the stages')
+                raise ValueError('no stage of this backbone samples super tokens; pass stages')
         self.layers: dict[tuple[int, int], SuperTokenAttention] = {}
         for i in stages:
             if not 0 <= i < len(layers):
@@ -303,14 +292,12 @@ class SuperTokenRecorder:
         self.num_blocks = [len(found) for found in layers]
         self.backbone = backbone
         self.max_images = max_images
-        self._images: Tensor | None = None
         self._kept: dict[nn.Module, Tensor] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> SuperTokenRecorder:
-        watched: list[nn.Module] = [self.backbone]
-        for layer in self.layers.values():
-            watched += [layer, layer.attend]
+        layers = self.layers.values()
+        watched: list[nn.Module] = [self.backbone, *layers, *(each.attend for each in layers)]
         for module in watched:
             self._hooks.callback(module.register_forward_pre_hook(self._keep).remove)
         return self
@@ -319,26 +306,22 @@ class SuperTokenRecorder:
         self._hooks.close()
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        kept = inputs[0][: self.max_images].detach().clone()
-        if module is self.backbone:
-            self._images = kept
-        else:
-            self._kept[module] = kept
+        self._kept[module] = inputs[0][: self.max_images].detach().clone()
 
     @property
     def images(self) -> Tensor:
-        """The images that the backbone got, ``(N, C, H, W)``.
+        """The input of the backbone, ``(N, C, H, W)``.
 
         Raises:
             RuntimeError: There was no forward pass within the context.
         """
-        if self._images is None:
+        if self.backbone not in self._kept:
             raise RuntimeError('no forward pass of the backbone since the recording began')
-        return self._images
+        return self._kept[self.backbone]
 
     @torch.no_grad()
     def maps(self) -> list[list[SuperTokenMap]]:
-        """What the last forward pass did: for each image a map of each layer, first stage first.
+        """Maps of the last forward pass: for each image those of all layers, by stage.
 
         The tensors are on the CPU.
 
@@ -375,10 +358,10 @@ class SuperTokenRecorder:
 
 
 def _own_cell(tokens: Tensor, super_token_size: tuple[int, int]) -> Tensor:
-    """The association of tokens that belong to the super token of their own cell alone."""
+    """The association of tokens that belong only to the super token of their own cell."""
     (_, height, width, _), (h, w) = tokens.shape, super_token_size
     association = torch.zeros(1, -(-height // h), -(-width // w), 9, h * w, device=tokens.device)
-    there = F.pad(torch.ones(height, width, device=tokens.device), (0, -width % w, 0, -height % h))
-    cells = there.reshape(association.shape[1], h, association.shape[2], w).transpose(1, 2)
-    association[0, :, :, 4] = cells.flatten(2)  # The padding belongs to nobody.
+    inside = F.pad(torch.ones(height, width, device=tokens.device), (0, -width % w, 0, -height % h))
+    cells = inside.reshape(association.shape[1], h, association.shape[2], w).transpose(1, 2)
+    association[0, :, :, 4] = cells.flatten(2)  # Padding belongs to no super token.
     return association

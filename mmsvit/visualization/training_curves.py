@@ -1,4 +1,4 @@
-"""Curves of losses and metrics, from what MMEngine's runner logs."""
+"""Curves of losses and metrics, from the logs of MMEngine's runner."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def read_curves(work_dir: str | Path) -> dict[str, Curve]:
     """All scalars of a run, in the order of their steps.
 
     Args:
-        work_dir: A run's folder, with ``*/vis_data/scalars.json`` of the run and of what
+        work_dir: A run's work_dir, with ``*/vis_data/scalars.json`` of the run and of those that
             resumed it, or one such file.
 
     Returns:
-        Steps and values of each scalar. Where a later file begins, what earlier ones have from
-        there on is left out: it was resumed from an earlier checkpoint, or begun anew.
-        Validations of an epoch-based run have epochs for steps.
+        Steps and values of each scalar. Earlier files count up to the step where a later file
+        begins, which was resumed from an earlier checkpoint or started anew. The steps of
+        validations in an epoch-based run are epochs.
 
     Raises:
         FileNotFoundError: There is no log.
-        ValueError: A file is no such log. (A last line that a kill cut off is left out.)
+        ValueError: A file is not such a log. (An incomplete last line is skipped.)
     """
     path = Path(work_dir)
     files = [path] if path.is_file() else sorted(path.glob('*/vis_data/scalars.json'))
@@ -45,7 +45,7 @@ def read_curves(work_dir: str | Path) -> dict[str, Curve]:
         training = _continued(training, trained, list(trained))
         validations = _continued(validations, validated, [*begins, *validated])
     curves: dict[str, Curve] = {}
-    # Seconds are logged for both; those of training are more.
+    # Times are logged for both; prefer those of training, which are more.
     for records in (training, validations):
         for key in {key: None for record in records.values() for key in record}:
             at = [
@@ -57,7 +57,7 @@ def read_curves(work_dir: str | Path) -> dict[str, Curve]:
 
 
 def _read_log(file: Path) -> tuple[dict[float, dict], dict[float, dict]]:
-    """Records of training and those of validations, by their steps."""
+    """Records of training and of validations, by step."""
     training: dict[float, dict] = {}
     validations: dict[float, dict] = {}
     for number, line in enumerate(file.read_text().splitlines(keepends=True), 1):
@@ -78,13 +78,13 @@ def _read_log(file: Path) -> tuple[dict[float, dict], dict[float, dict]]:
 def _continued(
     before: dict[float, dict], after: dict[float, dict], steps: Sequence[float]
 ) -> dict[float, dict]:
-    """Records up to the first of these steps, and later ones."""
+    """Records of ``before`` below the first of these steps, and all of ``after``."""
     begin = min(steps, default=float('inf'))
     return {**{step: record for step, record in before.items() if step < begin}, **after}
 
 
 def choose_metrics(names: Sequence[str]) -> list[str]:
-    """Of the scalars of a run, the metrics that one looks at first."""
+    """The main metrics among the scalars of a run, in order of importance."""
     usual = ('bbox_mAP', 'segm_mAP', 'mIoU', 'aAcc', 'top1', 'top5')
     return [name for ending in usual for name in names if name.rpartition('/')[2] == ending]
 
@@ -100,13 +100,13 @@ def draw_curves(
         metrics: Scalars logged in validation.
 
     Raises:
-        ValueError: No run has one of the scalars; the message names those that there are.
+        ValueError: No run has one of the scalars; the message lists the available ones.
     """
     known = sorted({name for curves in runs.values() for name in curves})
     unknown = [name for name in (*losses, *metrics) if name not in known]
     if unknown or not (losses or metrics):
-        raise ValueError(f'no run has {unknown or "a loss or metric"}; there are {known}')
-    # The runner has averaged losses over a window before it logs them.
+        raise ValueError(f'no run has {unknown or "a loss or metric"}; available: {known}')
+    # The runner smooths losses before it logs them.
     panels = [
         (names, label, style)
         for names, label, style in (
@@ -116,9 +116,8 @@ def draw_curves(
         if names
     ]
     figure = Figure((5.6 * len(panels), 3.8), dpi=130, layout='constrained')
-    for axes, (names, label, style) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels
-    ):
+    columns = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (names, label, style) in zip(columns, panels):
         drawn = [(run, name) for run, curves in runs.items() for name in names if name in curves]
         for i, (run, name) in enumerate(drawn):
             axes.plot(

@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,6 +55,8 @@ def address(checkpoint, tmp_path_factory) -> Iterator[str]:
     command = [sys.executable, TOOL, '--config', CONFIG, '--checkpoint', checkpoint, *limits]
     env = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
     env['TMPDIR'] = str(kept)
+    # What others have set must not open the page.
+    env.update(GRADIO_ALLOWED_PATHS=f'{ROOT},/etc', GRADIO_SHARE='1', GRADIO_SERVER_NAME='0.0.0.0')
     with log.open('w') as output:
         server = subprocess.Popen(
             list(map(str, command)),
@@ -147,7 +151,7 @@ def test_page_shows_boxes_super_tokens_and_attention(page, tmp_path):
     # What is wrong gets a message, and the page goes on.
     (tmp_path / 'text.jpg').write_text('no image at all')
     page.set_input_files('#file input[type=file]', tmp_path / 'text.jpg')
-    page.wait_for_selector('#message :text("not an image that can be read")')
+    page.wait_for_selector('#message :text("not an image, or corrupt")')
     Image.new('RGB', (300, 200)).save(tmp_path / 'large.png')
     page.set_input_files('#file input[type=file]', tmp_path / 'large.png')
     page.wait_for_selector('#message :text("300 x 200 pixels")')
@@ -171,7 +175,7 @@ def test_what_the_model_does_not_bear_gets_a_message(caplog):
     page = build_page(Failing(), 'a page')
     look = next(event.fn for event in page.fns.values() if event.api_name == 'look')
     answer = {component.elem_id: value for component, value in look('photo.png').items()}
-    assert 'cannot work on this image' in answer['message'].value
+    assert 'failed on this image' in answer['message'].value
     assert 'need at least one array to stack' in caplog.text
 
 
@@ -269,6 +273,31 @@ def test_a_visitor_cannot_have_the_server_look_at_its_own_files(folder, address)
     with urllib.request.urlopen(f'{address}gradio_api/call/look/{event}') as response:
         answer = response.read().decode()
     assert 'event: error' in answer and 'event: complete' not in answer
+
+
+@pytest.mark.promise('Safety', 'The demo page fetches no address that a visitor names')
+@needs_gradio
+@pytest.mark.parametrize('kind', ['application/json', 'Application/JSON', 'application/x+json', ''])
+@pytest.mark.parametrize('route', ['gradio_api/call/look', 'gradio_api/queue/join'])
+def test_no_address_of_a_visitor_is_fetched(route, kind, address):
+    asked = []
+
+    class Note(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with ThreadingHTTPServer(('127.0.0.1', 0), Note) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/x.png'
+        given = dict(path=url, url=url, meta={'_type': 'gradio.FileData'})
+        body = json.dumps(dict(data=[given], fn_index=0, session_hash='x')).encode()
+        headers = {'Content-Type': kind}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(address + route, body, headers))
+        server.shutdown()
+    assert refused.value.code == 400 and b'Upload the file' in refused.value.read()
+    assert not asked
 
 
 def test_without_gradio_the_tool_says_what_to_install(tmp_path, checkpoint):
