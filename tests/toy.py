@@ -266,4 +266,8 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    # What started the tests may ignore signals, as nohup does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run(main)

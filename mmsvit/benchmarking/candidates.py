@@ -1,4 +1,4 @@
-"""What can be measured: models, and the forms they come in, by a compact name.
+"""The models to measure and their forms, by a compact name.
 
 ``NAME[:SIZES][+FLAG...]``, such as ``svit-s``, ``svit-s:16-8-2-1+deploy+compile`` or ``swin-t``.
 Nothing is downloaded: weights are random.
@@ -68,7 +68,7 @@ class Candidate:
     Attributes:
         name: As it was written, ``NAME[:SIZES][+FLAG...]``.
         model: Of :data:`SVIT_ARCHS` or :data:`PEERS`.
-        super_token_sizes: For each stage, in tokens; None for those of the arch.
+        super_token_sizes: Of each stage, in tokens; None for those of the arch.
         flags: Of :data:`FLAGS`.
     """
 
@@ -79,17 +79,17 @@ class Candidate:
 
     @property
     def is_svit(self) -> bool:
-        """Whether it is ours, not a peer."""
+        """Whether it is an SViT, not a peer."""
         return self.model in SVIT_ARCHS
 
     @property
     def backend(self) -> str:
-        """The backend, ``'auto'`` if none was asked for by name."""
+        """The backend; ``'auto'`` by default."""
         return next((name for name in BACKENDS[1:] if name in self.flags), 'auto')
 
     @property
     def arch(self) -> dict:
-        """The architecture of an SViT, with the super token sizes that were asked for."""
+        """The architecture of an SViT, with its super token sizes."""
         arch = dict(ARCHS[SVIT_ARCHS[self.model]])
         if self.super_token_sizes is not None:
             arch['super_token_sizes'] = self.super_token_sizes
@@ -97,7 +97,7 @@ class Candidate:
 
     @property
     def backbone(self) -> dict:
-        """Config of the backbone, as a detector uses it, without weights."""
+        """Config of the backbone as in a detector, without weights."""
         if self.is_svit:
             return dict(
                 type='mmsvit.SViT',
@@ -117,7 +117,7 @@ def parse_candidate(name: str) -> Candidate:
     """Read ``NAME[:SIZES][+FLAG...]``.
 
     Raises:
-        ValueError: There is no such model or flag, or the parts do not fit together.
+        ValueError: The model or a flag is unknown, or the parts do not fit together.
     """
     rest, *flags = name.split('+')
     model, has_sizes, sizes = rest.partition(':')
@@ -131,9 +131,7 @@ def parse_candidate(name: str) -> Candidate:
     if model in PEERS:
         of_svit = [flag for flag in flags if flag in SVIT_FLAGS] + [sizes] * bool(has_sizes)
         if of_svit:
-            raise ValueError(
-                f'{name!r}: {of_svit[0]!r} is for SViT only, {model} has no such thing'
-            )
+            raise ValueError(f'{name!r}: {of_svit[0]!r} is for SViT only, not for {model}')
     parsed = None
     if has_sizes:
         parts = sizes.split('-')

@@ -1,4 +1,4 @@
-"""On what a measurement was made."""
+"""The machine and software of a measurement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIABLES = ('MMSVIT_OPS_BACKEND', 'TRITON_INTERPRET', 'OMP_NUM_THREADS', 'PYTOR
 def describe_environment() -> dict[str, str]:
     """Hardware, versions and settings that times depend on, by name.
 
-    To be called with the settings that the measurement is made with, such as the threads.
+    Call it with the settings of the measurement, such as the threads, in place.
     """
     found = {
         'date': datetime.datetime.now(datetime.timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
@@ -57,7 +57,7 @@ def _mmsvit_version() -> str:
     """The version, with the commit if this is a checkout."""
     folder = Path(mmsvit.__file__).parent
     try:
-        # The folder itself must be tracked: an environment may lie in somebody else's checkout.
+        # Our files must be tracked: the environment may lie in another checkout.
         _git(folder, 'ls-files', '--error-unmatch', '__init__.py')
         commit = _git(folder, 'rev-parse', '--short=12', 'HEAD')
         changed = _git(folder, 'status', '--porcelain', '--untracked-files=no', '.')
@@ -72,7 +72,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _cpu_name() -> str:
-    """What the CPU calls itself; ``platform`` knows only its family on Linux."""
+    """The model of the CPU, of which ``platform`` knows only the family on Linux."""
     info = Path('/proc/cpuinfo')
     match = re.search(r'^model name\s*:\s*(.+)', info.read_text(), re.M) if info.is_file() else None
     return match[1] if match else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Taking times: the candidates of a case in turns, so that what disturbs one disturbs all."""
+"""Measure the candidates of a case in turns, so that disturbances hit all alike."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .memory import cpu_run_bytes, cuda_run_bytes, describe
 from .workloads import Case, Workload, build_copy, build_workload, find_backend
 
 COPY = 'copy'
-"""Name of the copy of memory that is measured along with operations."""
+"""Name of the memory copy that is measured along with operations."""
 
 MIN_ROUNDS = 3
 MIN_SECONDS = 0.02
-"""What is shorter is repeated to fill this, and the time divided."""
+"""Shorter runs are repeated to last this long, and the time divided."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,10 @@ class Settings:
 
     Attributes:
         rounds: How often each candidate is measured.
-        seconds: When to stop measuring a case, however many of the rounds are done, but not
-            before three of them; None for never.
+        seconds: When to stop measuring a case, after three rounds at least; None for no limit.
         warmup: Calls before the first measurement.
         threads: Threads of CPU operations.
-        memory: Whether to measure peak memory on the CPU, which needs a process for each.
+        memory: Whether to measure peak memory on the CPU, in a process for each candidate.
     """
 
     rounds: int = 10
@@ -65,27 +64,27 @@ class Spread:
 
 @dataclass
 class Result:
-    """What was found of one candidate; None is what could not be found or has no meaning here.
+    """The result of one candidate; None is unknown or does not apply.
 
     Attributes:
         name: Of the candidate.
         error: Why there are no times.
-        backend: Who computes the super token operations of an SViT.
-        parameters: How many, with those of heads in a detector.
+        backend: Of the super token operations of an SViT.
+        parameters: Their number, including a detector's heads.
         layers: Multiply-adds of layers in inference of one image.
-        total: The same with products of activations, see :mod:`mmsvit.analysis.flops`.
-        not_counted: What multiplies and is in neither, or why nothing was counted.
-        weight_bytes: What parameters and buffers occupy.
-        run_bytes: What a run needs on top at its peak, gradients included.
-        first_seconds: The first call: initialisation, and compilation if there is any.
-        runs: Runs that a time is the mean of.
-        seconds: Of one run, a time for each round.
+        total: ``layers`` plus products of activations, see :mod:`mmsvit.analysis.flops`.
+        not_counted: Operators that multiply and are in neither, or why nothing was counted.
+        weight_bytes: Size of parameters and buffers.
+        run_bytes: Peak memory of a run on top, including gradients.
+        first_seconds: Of the first call, with initialisation and any compilation.
+        runs: How many runs each time is the mean of.
+        seconds: Of one run, for each round.
         bytes_to_move: Fewest bytes that a run reads and writes.
-        observed: What depends on the weights: proposals and masks of a detector's batch.
+        observed: Proposals and masks of a detector's batch, which depend on the weights.
         time: Of ``seconds``.
         ratio: Of ``seconds`` to the reference's, round by round.
-        bandwidth_share: Share of the bandwidth of a copy, round by round, that moving
-            ``bytes_to_move`` in this time would be.
+        bandwidth_share: Bandwidth of moving ``bytes_to_move`` in ``seconds``, as a share of the
+            copy's, round by round.
     """
 
     name: str
@@ -108,7 +107,7 @@ class Result:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Weights and what a run needs on top."""
+        """``weight_bytes`` plus ``run_bytes``."""
         if self.run_bytes is None or self.weight_bytes is None:
             return None
         return self.weight_bytes + self.run_bytes
@@ -118,7 +117,7 @@ class Result:
 class CaseResult:
     """The candidates of a case, all measured in the same rounds.
 
-    ``reference`` is the candidate whose times others are divided by; None if none has any.
+    ``reference`` is the candidate by whose times others are divided; None if none has times.
     """
 
     case: Case
@@ -140,21 +139,21 @@ class _Runner:
         return self.result.error is None
 
     def attempt(self, step: Callable[[], None]) -> None:
-        """Do ``step``; if it fails, that is the result, and memory is free for others."""
+        """Do ``step``; an error becomes the result, and memory is freed for others."""
         try:
             step()
-        except Exception as error:  # Whatever a candidate fails with is its result.
+        except Exception as error:  # Candidates raise anything.
             self.result.error = describe(error)
             self.result.seconds.clear()
             self.run = _not_built
-        if not self.alive:
+        if not self.alive:  # Outside of `except`, where the error still holds tensors.
             _free(self.device)
 
     def find_backend(self, candidate: Candidate, case: Case) -> None:
         self.result.backend = find_backend(candidate, case)
 
     def measure_memory(self, candidate: Candidate, case: Case, threads: int) -> None:
-        """First of all: what the system kills for its memory, it kills there and not here."""
+        """Measure in a process of its own, first: the system may kill that one, not this one."""
         self.result.run_bytes = cpu_run_bytes(candidate, case, threads)
 
     def prepare(self, build: Callable[[], Workload], warmup: int, graph: bool = False) -> None:
@@ -176,7 +175,7 @@ class _Runner:
         result.runs = self.runs = self.calls * workload.runs
 
     def _count(self, count: Callable[[], tuple[FlopCounts, Counter[str]]]) -> None:
-        """Counting may fail where running does not; the times are worth having then."""
+        """Count, or note why not: the times are of use without."""
         try:
             figures, uncounted = count()
         except Exception as error:
@@ -188,7 +187,7 @@ class _Runner:
             self.result.not_counted = ', '.join(names)
 
     def time(self, calls: int) -> float:
-        """Seconds of ``calls`` calls, from an idle device to an idle device."""
+        """Seconds of ``calls`` calls, including the device's work."""
         if self.device == 'cuda':
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
@@ -218,7 +217,7 @@ def _free(device: str) -> None:
 
 
 def _capture(run: Callable[[], object]) -> Callable[[], object]:
-    """Record ``run`` in a CUDA graph. It has run before, so nothing is initialised in between."""
+    """Record ``run`` in a CUDA graph; it must have run before, to be initialised."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -237,21 +236,21 @@ def measure_case(
     references: Sequence[str],
     progress: Callable[[str], None],
 ) -> CaseResult:
-    """Measure all candidates in rounds, each round beginning with another candidate.
+    """Measure all candidates in rounds, each of which starts with another candidate.
 
-    A candidate that fails is reported as failed and does not keep others from being measured.
+    If a candidate fails, its result has the error, and the others are measured.
 
     Args:
         candidates: What to compare.
-        case: Under what.
-        settings: How.
-        references: Names of candidates; times are divided by those of the first that has any.
-        progress: Is told what is being done.
+        case: What they run.
+        settings: How to measure.
+        references: Names of candidates; times are divided by those of the first that has times.
+        progress: Called with a description of each step.
     """
     torch.set_num_threads(settings.threads)
     _free(case.device)
-    # Graphs of the case before would count towards the limit above which nothing is compiled. At
-    # that limit, plain code would be measured in place of compiled code, without a word.
+    # Earlier cases would count towards the recompile limit, at which torch silently runs uncompiled
+    # code; fail there instead.
     torch.compiler.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         runners = _prepare(candidates, case, settings, progress)
@@ -269,7 +268,7 @@ def _prepare(
     settings: Settings,
     progress: Callable[[str], None],
 ) -> list[_Runner]:
-    """Build all candidates, measure their memory and warm them up; with operations, a copy, too."""
+    """Build all candidates, measure their memory and warm them up; for operations also a copy."""
     runners = []
     for candidate in candidates:
         progress(f'{case}: preparing {candidate.name}')
@@ -305,7 +304,7 @@ def _run_rounds(
 
 
 def _summarise(results: list[Result], reference: str | None) -> None:
-    """Compute what compares candidates, round by round: machines change while they measure."""
+    """Compare candidates round by round, as the speed of a machine varies."""
     times = {result.name: np.array(result.seconds) for result in results if not result.error}
     copy = next((result for result in results if result.name == COPY and not result.error), None)
     for result in results:

@@ -1,6 +1,6 @@
-"""Peak memory: what CUDA counts by itself, and on the CPU, what a process of its own comes to.
+"""Peak memory: on CUDA from its own counters, on the CPU from a separate process.
 
-Both measure one run after a first one, which loads and initialises what is needed once.
+Both measure one run after a first one, which does all initialisation.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ M_MMAP_THRESHOLD = -3  # In glibc's malloc.h.
 
 
 class RunFailedError(Exception):
-    """What went wrong in another process, in words."""
+    """The error of another process, as text."""
 
 
 def cuda_run_bytes(run: Callable[[], object]) -> int:
-    """Bytes that ``run`` allocates at its peak, on top of what was there before."""
+    """Bytes that ``run`` allocates at its peak, on top of earlier ones."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -41,10 +41,10 @@ def cpu_run_bytes(candidate: Candidate, case: Case, threads: int) -> int | None:
     """Bytes by which a run raises the resident memory of a fresh process.
 
     Returns:
-        None where the system does not say (anything but Linux).
+        None where the system does not tell (other than Linux).
 
     Raises:
-        RunFailedError: It failed, or the system killed its process.
+        RunFailedError: The run failed, or the system killed its process.
     """
     if not Path('/proc/self/status').is_file():
         return None
@@ -53,7 +53,7 @@ def cpu_run_bytes(candidate: Candidate, case: Case, threads: int) -> int | None:
             found = pool.submit(_measure_here, candidate, case, threads).result()
         except BrokenProcessPool:
             raise RunFailedError(
-                'its process died: most likely killed for want of memory, if it left no message'
+                'its process died; without a message, it probably ran out of memory'
             ) from None
     if isinstance(found, str):
         raise RunFailedError(found)
@@ -61,7 +61,7 @@ def cpu_run_bytes(candidate: Candidate, case: Case, threads: int) -> int | None:
 
 
 def _measure_here(candidate: Candidate, case: Case, threads: int) -> int | str:
-    """Bytes, or the error as text: not every exception travels between processes."""
+    """Bytes, or the error as text: not every exception can be pickled."""
     torch.set_num_threads(threads)
     _keep_tensors_apart()
     try:
@@ -69,14 +69,14 @@ def _measure_here(candidate: Candidate, case: Case, threads: int) -> int | str:
         workload.run()
         workload.model.zero_grad(set_to_none=True)
         return _resident_increase(workload.run)
-    except Exception as error:  # Whatever a candidate fails with is its result.
+    except Exception as error:  # Any error is the result.
         return describe(error)
 
 
 def _keep_tensors_apart() -> None:
-    """Let each large allocation have pages of its own, which go back to the system when freed.
+    """Give each large allocation its own pages, which the system gets back when they are freed.
 
-    Otherwise the C library decides by what came before, and the same run differs by megabytes.
+    Otherwise they depend on earlier allocations, and equal runs differ by megabytes.
     """
     with contextlib.suppress(AttributeError):  # A C library without it.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
@@ -85,8 +85,8 @@ def _keep_tensors_apart() -> None:
 def _resident_increase(run: Callable[[], object]) -> int:
     gc.collect()
     with contextlib.suppress(AttributeError):  # A C library without it.
-        ctypes.CDLL(None).malloc_trim(0)  # Give back what was freed, or it would not count again.
-    with contextlib.suppress(OSError):  # Where it is not allowed, the peak is the process's.
+        ctypes.CDLL(None).malloc_trim(0)  # Return freed memory, or reusing it would not count.
+    with contextlib.suppress(OSError):  # Without permission, the peak is the process's.
         Path('/proc/self/clear_refs').write_text('5')  # Resets the peak, see `man 5 proc`.
     before = _status_bytes('VmRSS')
     run()
@@ -94,7 +94,7 @@ def _resident_increase(run: Callable[[], object]) -> int:
 
 
 def _status_bytes(field: str) -> int:
-    """A figure of this process. ``getrusage`` has the peak, too, but the parent's with it."""
+    """A figure of this process. The peak of ``getrusage`` would include the parent's."""
     match = re.search(rf'^{field}:\s*(\d+) kB', Path('/proc/self/status').read_text(), re.M)
     if match is None:
         raise OSError(f'/proc/self/status has no {field}')
@@ -103,7 +103,5 @@ def _status_bytes(field: str) -> int:
 
 def describe(error: Exception) -> str:
     """An exception in one line."""
-    first_line = str(error).strip().partition('\n')[0]
-    return (
-        first_line if isinstance(error, RunFailedError) else f'{type(error).__name__}: {first_line}'
-    )
+    line = str(error).strip().partition('\n')[0]
+    return line if isinstance(error, RunFailedError) else f'{type(error).__name__}: {line}'

@@ -1,4 +1,4 @@
-"""Results as tables on the screen, JSON, Markdown and a plot."""
+"""Results as tables on the terminal, JSON, Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ read this and how to repeat it: [README.md](README.md).
 
 
 def list_files(out: Path, scaling: bool) -> list[Path]:
-    """The files of a report: ``out`` with the suffixes .json and .md, and .png for a series."""
+    """The files of a report: ``out`` with .json and .md, and .png for a series of image sizes."""
     suffixes = ('json', 'md', 'png') if scaling else ('json', 'md')
     return [out.with_name(f'{out.name}.{suffix}') for suffix in suffixes]
 
 
 @dataclass
 class Report:
-    """A whole benchmark.
+    """All results of a benchmark.
 
     Attributes:
-        command: The command line that made it.
-        environment: On what, by name.
+        command: The command line.
+        environment: From :func:`describe_environment`.
         settings: How it was measured.
-        cases: What was found.
+        cases: The results.
         scaling: Whether the cases are a series over image sizes.
     """
 
@@ -57,7 +57,7 @@ class Report:
         return files
 
     def as_dict(self) -> dict:
-        """Everything, with every single time."""
+        """Everything, including all single times."""
         return dict(
             command=self.command,
             environment=self.environment,
@@ -76,18 +76,14 @@ class Report:
         )
 
     def as_markdown(self, plot: Path | None) -> str:
-        """Command, environment, then a table for each case; ``plot`` is shown if there is one."""
+        """Command, environment, the plot if any, and a table for each case."""
         lines = ['# Benchmark', '', '```shell', self.command, '```', '']
         lines += [f'- {name}: {value}' for name, value in self.environment.items() if value]
         lines += ['', EXPLANATION]
         modes = dict.fromkeys(found.case.mode for found in self.cases)
         lines += [f'- *{mode}*: {MODES[mode]}.' for mode in modes]
         used = {
-            flag
-            for found in self.cases
-            for r in found.results
-            for flag in FLAGS
-            if flag in r.name.split('+')[1:]
+            flag for found in self.cases for r in found.results for flag in r.name.split('+')[1:]
         }
         lines += [f'- *+{flag}*: {meaning}.' for flag, meaning in FLAGS.items() if flag in used]
         lines.append('')
@@ -96,11 +92,8 @@ class Report:
             for title, header, rows in scaling_tables(self.cases):
                 lines += [f'## {title}', '', *_markdown_table(header, rows), '']
         for found in self.cases:
-            lines += [f'## {found.case}', '']
-            lines += [
-                *_markdown_table(columns(found), [cells(found, r) for r in found.results]),
-                '',
-            ]
+            rows = [cells(found, r) for r in found.results]
+            lines += [f'## {found.case}', '', *_markdown_table(columns(found), rows), '']
             lines += [f'- {note}' for note in notes(found)] + [''] * bool(notes(found))
         return '\n'.join(lines)
 
@@ -144,7 +137,7 @@ def cells(found: CaseResult, result: Result) -> list[str]:
 
 
 def notes(found: CaseResult) -> list[str]:
-    """What the table of a case has no room for."""
+    """Errors and other remarks below the table of a case."""
     failed = [f'{r.name} failed: {r.error}' for r in found.results if r.error is not None]
     not_counted = [
         f'Not in the FLOPs of {r.name}: {r.not_counted}'
@@ -168,7 +161,7 @@ def notes(found: CaseResult) -> list[str]:
 
 
 def terminal_table(found: CaseResult) -> Table:
-    """The table of a case for the screen."""
+    """The table of a case for the terminal."""
     table = Table(title=str(found.case), title_justify='left', caption_justify='left')
     for i, column in enumerate(columns(found)):
         table.add_column(column, justify='right' if i else 'left', no_wrap=i < 3)
@@ -179,25 +172,24 @@ def terminal_table(found: CaseResult) -> Table:
 
 
 def scaling_tables(cases: Sequence[CaseResult]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Time and memory by image size: for each, the title, the headings and the rows."""
+    """Tables of time and memory by image size: title, headings and rows of each."""
     tables = []
     for title, series in _series(cases):
         names = [r.name for r in series[0].results if r.name != COPY]
         header = ['pixels', 'tokens at stride 4', *names]
-        for what, value in (('time, ms', _milliseconds), ('peak memory, MiB', _peak_mebibytes)):
+        for what, value in _QUANTITIES.items():
             rows = []
             for found in series:
-                height, width = found.case.shape
                 values = {r.name: _number(value(r)) for r in found.results}
-                tokens = -(-height // 4) * -(-width // 4)
-                rows.append([f'{height}x{width}', str(tokens), *(values[name] for name in names)])
+                size = '{}x{}'.format(*found.case.shape)
+                rows.append([size, str(_tokens(found)), *(values[name] for name in names)])
             tables.append((f'{title}: {what}', header, rows))
     return tables
 
 
 def plot_scaling(cases: Sequence[CaseResult], path: Path) -> None:
     """Draw time and memory against the number of tokens, a line for each candidate."""
-    # Not pyplot: it would choose a window system, and keep the figure.
+    # Not pyplot, which chooses a window system and keeps the figure.
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
@@ -205,10 +197,9 @@ def plot_scaling(cases: Sequence[CaseResult], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6 * len(series)), layout='constrained')
     rows = figure.subplots(len(series), 2, squeeze=False)
     for (title, members), axes in zip(series, rows):
-        tokens = [-(-h // 4) * -(-w // 4) for h, w in (found.case.shape for found in members)]
+        tokens = [_tokens(found) for found in members]
         names = [r.name for r in members[0].results if r.name != COPY]
-        quantities = (('time, ms', _milliseconds), ('peak memory, MiB', _peak_mebibytes))
-        for axis, (label, value) in zip(axes, quantities):
+        for axis, (label, value) in zip(axes, _QUANTITIES.items()):
             for name in names:
                 values = [
                     next(value(r) for r in found.results if r.name == name) for found in members
@@ -228,7 +219,7 @@ def plot_scaling(cases: Sequence[CaseResult], path: Path) -> None:
 
 
 def _series(cases: Sequence[CaseResult]) -> list[tuple[str, list[CaseResult]]]:
-    """Cases that differ in nothing but the shape, under what they have in common."""
+    """Group the cases that differ only in shape, under a title."""
     groups: dict[str, list[CaseResult]] = {}
     for found in cases:
         case = found.case
@@ -245,12 +236,21 @@ def _peak_mebibytes(result: Result) -> float | None:
     return None if result.error or result.peak_bytes is None else result.peak_bytes / 2**20
 
 
+_QUANTITIES = {'time, ms': _milliseconds, 'peak memory, MiB': _peak_mebibytes}
+
+
+def _tokens(found: CaseResult) -> int:
+    """The number of tokens of an image at stride 4."""
+    height, width = found.case.shape
+    return -(-height // 4) * -(-width // 4)
+
+
 def _number(value: float | None, unit: float = 1.0) -> str:
     return '-' if value is None else _digits(value * unit)
 
 
 def _digits(value: float) -> str:
-    """Three digits or more, never an exponent."""
+    """At least three digits, and no exponent."""
     for bound, places in ((100, 0), (10, 1), (1, 2), (0.1, 3)):
         if abs(value) >= bound:
             return f'{value:.{places}f}'

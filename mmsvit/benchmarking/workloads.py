@@ -1,6 +1,6 @@
 """What one run of a candidate is: operation, backbone, training step or detector.
 
-Weights and images are random, and the same in each process. Times of zeros would be too good.
+Weights and images are random (zeros would be too fast), and the same in each process.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ MODES = {
     'detector': 'Mask R-CNN up to its heads: normalisation and padding, backbone, FPN, RPN with '
     'NMS, box head on up to 1000 proposals an image, mask head on 100 proposals of the batch',
 }
-"""What can be measured, and what is in it."""
+"""What can be measured, and what it includes."""
 
 DTYPES = ('float32', 'float16', 'bfloat16')
 
-# Operations on maps that a cache holds would measure the cache, so these take turns among
-# as many inputs as fill this.
+# Operations on maps that fit into a cache would measure the cache, so they cycle through enough
+# inputs to fill this.
 WORKING_SET_BYTES = 256 * 2**20
 MAX_INPUTS = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """Under what the candidates are compared.
+    """What the candidates run.
 
     Attributes:
         mode: Of :data:`MODES`.
         shape: Height and width of the images in pixels.
         batch: Images in a batch.
-        dtype: ``'float32'``, or ``'float16'`` or ``'bfloat16'`` for autocast to it. The
-            operation by itself takes tokens of this dtype.
+        dtype: ``'float32'``, or ``'float16'`` or ``'bfloat16'`` for autocast to it. An operation
+            takes tokens of this dtype.
         device: ``'cpu'`` or ``'cuda'``.
-        stage: Whose tokens the operation takes, from 1; other modes have all stages.
+        stage: Whose tokens an operation takes, from 1; other modes run all stages.
     """
 
     mode: str
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def is_op(self) -> bool:
-        """Whether it is the operation by itself."""
+        """Whether it is only the operation."""
         return self.mode in ('op', 'op-train')
 
     @property
@@ -87,13 +87,13 @@ class Workload:
     """Something to run.
 
     Attributes:
-        model: What has the parameters.
-        run: Runs it ``runs`` times; on CUDA, without waiting for the end.
-        count: Counts what one image multiplies in inference, and names what has no formula; None
-            where nothing does.
+        model: Has the parameters.
+        run: Runs it ``runs`` times, on CUDA asynchronously.
+        count: Counts the multiply-adds of one image in inference, and the operators without a
+            formula; None for a copy.
         runs: How many runs a call of ``run`` is.
-        bytes_to_move: Fewest bytes that a run reads and writes; None where that is not known.
-        observed: What the latest run found of its own size, by name.
+        bytes_to_move: Fewest bytes that a run reads and writes; None if unknown.
+        observed: Numbers of the latest run, such as its masks, by name.
     """
 
     model: nn.Module
@@ -105,13 +105,13 @@ class Workload:
 
     @property
     def weight_bytes(self) -> int:
-        """What parameters and buffers occupy."""
+        """Size of parameters and buffers."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
     def parameters(self) -> int:
-        """How many parameters the model has."""
+        """The number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
@@ -119,17 +119,15 @@ def build_workload(candidate: Candidate, case: Case) -> Workload:
     """Build the model of ``candidate`` and what ``case`` does with it.
 
     Raises:
-        ValueError: The candidate cannot do that.
-        ImportError, KeyError: The library that has the model is not installed.
+        ValueError: The candidate cannot run the case.
+        ImportError, KeyError: The library of the model is not installed.
     """
-    if 'graph' in candidate.flags and (case.device == 'cpu' or case.mode == 'detector'):
-        raise ValueError(
-            '+graph needs a CUDA device'
-            if case.device == 'cpu'
-            else 'a detector has no +graph: its work depends on values'
-        )
+    if 'graph' in candidate.flags and case.device == 'cpu':
+        raise ValueError('+graph needs a CUDA device')
+    if 'graph' in candidate.flags and case.mode == 'detector':
+        raise ValueError('a detector has no +graph: its shapes depend on values')
     if 'deploy' in candidate.flags and case.trains:
-        raise ValueError('+deploy is a form for inference, it has no training step')
+        raise ValueError('+deploy is a form for inference and cannot train')
     torch.manual_seed(0)
     if case.is_op:
         return _build_op(candidate, case)
@@ -144,7 +142,7 @@ def _autocast(case: Case) -> torch.autocast:
 
 
 def _apply_flags(model: BaseModule, candidate: Candidate) -> None:
-    """Bring an SViT, a peer or a super token attention into the form that was asked for."""
+    """Bring an SViT, a peer or a super token attention into the candidate's form."""
     if 'deploy' in candidate.flags:
         if not hasattr(model, 'switch_to_deploy'):
             raise ValueError(f'+deploy: {type(model).__name__} has no switch_to_deploy()')
@@ -156,10 +154,10 @@ def _apply_flags(model: BaseModule, candidate: Candidate) -> None:
 
 
 def find_backend(candidate: Candidate, case: Case) -> str | None:
-    """Who computes the super token operations; None for a peer.
+    """The backend of the super token operations; None for a peer.
 
     Raises:
-        RuntimeError: A backend was asked for by name and cannot run here.
+        RuntimeError: The candidate names a backend that cannot run here.
     """
     if not candidate.is_svit:
         return None
@@ -183,7 +181,7 @@ def _build_op(candidate: Candidate, case: Case) -> Workload:
     if not candidate.is_svit:
         raise ValueError(f'{candidate.model} has no super token sampling')
     if 'deploy' in candidate.flags:
-        raise ValueError('the operation by itself has no +deploy')
+        raise ValueError('an operation has no +deploy')
     arch, i = candidate.arch, case.stage - 1
     size = (arch['super_token_sizes'][i],) * 2
     if size == (1, 1):
@@ -230,13 +228,13 @@ def op_bytes(
     itemsize: int,
     backward: bool,
 ) -> int:
-    """Fewest bytes that super token sampling reads and writes, whoever computes it.
+    """Fewest bytes that super token sampling reads and writes, with any backend.
 
-    Forward, tokens are read once for the means of cells and once for each iteration, and
-    written once. Backward, the gradient is read once and written once. In both, association
-    (nine numbers a token) and super tokens are written once and read once; backward, the
-    association is read twice. All in the dtype of the tokens, so an implementation that keeps
-    the association in float32 has more to move than is counted here.
+    Forward, tokens are read once for the means of cells and once for each iteration, and written
+    once. Backward, the gradient is read once and written once. In both, association (nine numbers
+    a token) and super tokens are written once and read once; backward, the association is read
+    twice. All are in the dtype of the tokens; a backend that keeps the association in float32
+    moves more.
 
     Args:
         shape: Of the tokens, ``(N, H, W, C)``.
@@ -321,7 +319,7 @@ def _build_detector(candidate: Candidate, case: Case) -> Workload:
 
 
 def build_copy(device: str) -> Workload:
-    """A copy of memory, which says what bandwidth there is to reach."""
+    """A copy of memory, for the bandwidth that is possible."""
     numbers = torch.randn(WORKING_SET_BYTES // 4, device=device)
     target = torch.empty_like(numbers)
     return Workload(

@@ -1,4 +1,4 @@
-"""What can be wrong in an annotation file in COCO format."""
+"""Check annotation files in COCO format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from .report import DatasetReport
 
-OUTSIDE_TOLERANCE = 1.0  # pixels: annotation tools round, and COCO's own boxes reach out by parts
+OUTSIDE_TOLERANCE = 1.0  # pixels: annotation tools round, also those of COCO
 
 
 def check_coco_annotations(
@@ -20,14 +20,14 @@ def check_coco_annotations(
     with_mask: bool,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Look at every image, category and annotation of a file.
+    """Check every image, category and annotation of a file.
 
     Args:
         report: Takes what is wrong.
         split: For the report.
         content: The file as read, with lists ``images``, ``categories``, ``annotations``.
         classes: Those of the config; None for all of the file.
-        with_mask: Whether the pipeline loads masks, so that every object needs one.
+        with_mask: Whether the pipeline loads masks, which every object then needs.
         progress: Wraps the loop over the annotations.
     """
     absent = [key for key in ('images', 'categories') if not content.get(key)]
@@ -40,10 +40,10 @@ def check_coco_annotations(
             report.error(split, f'categories with the same {key}', str(value))
     names = {category['id']: category['name'] for category in content['categories']}
     if 'annotations' not in content and split == 'test':
-        return  # as COCO's own for test-dev, of which the results are sent in
+        return  # as for COCO's test-dev
     annotations = content.get('annotations', [])
     if any('segments_info' in ann for ann in annotations[:1]):
-        return  # panoptic: objects are in the label maps
+        return  # panoptic: the objects are in label maps
     for value in _repeated(ann.get('id') for ann in annotations):
         report.error(split, 'annotations with the same id', f'id {value}')
 
@@ -61,8 +61,8 @@ def check_coco_annotations(
         report.error(
             split,
             'wrong formats of boxes',
-            f'{off:,} of {len(annotations):,} boxes have no area or leave their image: a box is '
-            '[x, y, width, height] in pixels, not two corners and not relative to the image',
+            f'{off:,} of {len(annotations):,} boxes have no area or exceed their image: a box must '
+            'be [x, y, width, height] in pixels, not two corners and not relative to the image',
         )
     _check_use(report, split, objects, set(names.values()), classes)
     for key, image in images.items():
@@ -71,10 +71,10 @@ def check_coco_annotations(
 
 
 def count_left_out(content: dict) -> Counter:
-    """Count boxes that MMDetection leaves out, and images without objects.
+    """Count boxes that MMDetection skips, and images without objects.
 
     Args:
-        content: A whole file in COCO format, as read.
+        content: A file in COCO format, as read.
     """
     images = {image['id']: image for image in content['images']}
     found: Counter = Counter()
@@ -92,10 +92,10 @@ def count_left_out(content: dict) -> Counter:
     return found
 
 
-WITHOUT_OBJECTS = 'images without objects; used only if filter_cfg.filter_empty_gt=False'
-NO_AREA = 'boxes without area, which are left out'
-OUTSIDE = 'boxes outside of their image, which are left out'
-REACHES_OUT = 'boxes that reach out of their image'
+WITHOUT_OBJECTS = 'images without objects; used only if filter_empty_gt=False'
+NO_AREA = 'boxes without area, skipped by MMDetection'
+OUTSIDE = 'boxes outside the image, skipped by MMDetection'
+REACHES_OUT = 'boxes partly outside the image'
 
 
 def _repeated(values: Iterable) -> list:
@@ -103,7 +103,7 @@ def _repeated(values: Iterable) -> list:
 
 
 def _check_images(report: DatasetReport, split: str, images: list[dict]) -> dict:
-    """Check the list of images, and return the good ones by id."""
+    """Check the list of images, and return the valid ones by id."""
     for value in _repeated(image['id'] for image in images if 'id' in image):
         report.error(split, 'images with the same id', f'id {value}')
     for value in _repeated(image['file_name'] for image in images if 'file_name' in image):
@@ -122,7 +122,7 @@ def _check_images(report: DatasetReport, split: str, images: list[dict]) -> dict
 def _annotation_problems(
     ann: dict, image: dict | None, names: dict, with_mask: bool
 ) -> Iterator[tuple[str, str]]:
-    """Level and kind of what is wrong with one annotation."""
+    """Level and kind of each problem of one annotation."""
     if ann.get('category_id') not in names:
         yield 'error', 'annotations of unknown categories'
     if image is None:
@@ -146,7 +146,7 @@ def _is_box(box: object) -> bool:
 
 
 def _box_problems(box: list[float], area: float, image: dict) -> Iterator[tuple[str, str]]:
-    # MMDetection leaves the same ones out, without a word (CocoDataset.parse_data_info).
+    # As CocoDataset.parse_data_info of MMDetection, which skips the first two silently.
     x, y, width, height = box
     if width < 1 or height < 1 or area <= 0:
         yield 'warning', NO_AREA
@@ -203,6 +203,6 @@ def _check_use(
     for name in sorted(names - used):
         report.warning(
             split,
-            'categories that are no classes of the config, so left out',
+            'categories that are no classes of the config, so skipped',
             f'{name}: {objects[name]:,} annotations',
         )

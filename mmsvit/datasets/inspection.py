@@ -1,8 +1,8 @@
-"""The thorough look at the data of a config, on demand (``tools/check_dataset.py``).
+"""The thorough check of a config's data, on demand (``tools/check_dataset.py``).
 
-:mod:`mmsvit.datasets.quick_checks` has the cheap checks that are made before every run, and which this
-begins with. Here every annotation is looked at, every file must be there, a sample of images
-is decoded, and a few samples go through the config's own pipeline.
+It starts with the cheap checks before every run (:mod:`mmsvit.datasets.quick_checks`), then checks
+every annotation, looks for every file, decodes a sample of the images, and runs a few samples
+through the config's pipeline.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def inspect_data(
     seed: int = 0,
     console: Console | None = None,
 ) -> DatasetReport:
-    """Look at the data of a config of MMDetection, MMSegmentation or MMPretrain.
+    """Check the data of a config of MMDetection, MMSegmentation or MMPretrain.
 
-    Data that are not there or cannot be read are in the report and raise nothing.
+    Missing and unreadable data do not raise; the report lists them.
 
     Args:
-        cfg: A whole config.
-        splits: Which of ``'train'``, ``'val'`` and ``'test'``; those it has not are left out.
+        cfg: A complete config.
+        splits: Which of ``'train'``, ``'val'`` and ``'test'``; absent ones are skipped.
         samples: How many images of each data set to decode; None for all.
-        seed: Decides which.
-        console: Where progress is shown; standard error if None.
+        seed: Of the choice of images.
+        console: Where to show progress; standard error by default.
 
     Raises:
         ValueError: The config has none of the splits.
@@ -64,12 +64,13 @@ def inspect_data(
             inspection = _SplitInspection(cfg, split, registry, report, samples, rng, console)
             if not inspection.check_paths_and_classes():
                 continue
-            same = [other for other in inspected if inspection.same_data(inspected[other])]
+            others = inspected.values()
+            same = [other.split for other in others if inspection.dataset_cfg == other.dataset_cfg]
             if same:
                 report.counts.append(Counts(split, f'same as {same[0]}'))
                 continue
             inspection.check_contents()
-            for other in inspected.values():
+            for other in others:
                 inspection.compare_classes(other)
             inspected[split] = inspection
     return report
@@ -78,12 +79,12 @@ def inspect_data(
 def head_num_classes(model: object, name: str = 'model') -> Iterator[tuple[str, int]]:
     """The number of classes of each head of a model config.
 
-    Left out are backbones, region proposal heads and HTC's semantic head, which count
-    something else than the classes of the data set.
+    Backbones, region proposal heads and HTC's semantic head are skipped: theirs are not the
+    classes of the data set.
 
     Args:
         model: ``cfg.model`` or a part of it.
-        name: What it is called.
+        name: Its name.
 
     Yields:
         The name of the setting, for example ``'model.roi_head.bbox_head.num_classes'``,
@@ -104,7 +105,7 @@ def head_num_classes(model: object, name: str = 'model') -> Iterator[tuple[str, 
 
 
 class _SplitInspection:
-    """The look at one split: what it needs everywhere, and its own part of the report."""
+    """The inspection of one split."""
 
     def __init__(
         self,
@@ -139,23 +140,20 @@ class _SplitInspection:
     def status(self, what: str) -> Status:
         return self.console.status(f'{self.split}: {what}')
 
-    def same_data(self, other: _SplitInspection) -> bool:
-        return self.dataset_cfg == other.dataset_cfg
-
     def check_paths_and_classes(self) -> bool:
-        """Whether all that the config names is there, so that it can be looked into."""
+        """Whether all files and folders exist, so that their contents can be checked."""
         try:
             with self.status('files, folders and classes'):
                 check_data(self.cfg, (self.split,))
         except FileNotFoundError as error:
-            self.error('files or folders that are not there', str(error))
+            self.error('missing files or folders', str(error))
             return False
         except ValueError as error:
             self.error('annotations that do not fit the config', str(error))
         return True
 
     def check_contents(self) -> None:
-        """Look at annotations, data sets, images and pipeline."""
+        """Check annotations, data sets, images and pipeline."""
         parts = list(dataset_configs(self.dataset_cfg))
         counts = [Counts(self.split, _type_name(part)) for part in parts]
         self.report.counts += counts
@@ -164,8 +162,8 @@ class _SplitInspection:
         try:
             with self.status('building the data set'), redirect_stdout(StringIO()):
                 dataset = self.registry.build(self.dataset_cfg)
-        except Exception as error:  # Whatever a data set of anybody raises is what to report.
-            # What MMEngine ends in where a data set is empty after its filter.
+        except Exception as error:  # Data sets raise anything.
+            # MMEngine's error for a data set that is empty after its filter.
             if str(error) == 'need at least one array to concatenate':
                 for part in parts:
                     self.error('data sets without images', _sources(part))
@@ -179,12 +177,12 @@ class _SplitInspection:
         counts[0].loaded = self.check_pipeline(dataset)
 
     def check_annotation_file(self, part: dict, counts: Counts) -> None:
-        """Look at an annotation file in COCO format, before a data set chokes on it."""
+        """Check an annotation file in COCO format, before a data set fails on it."""
         kind = part['type'] if isinstance(part['type'], type) else self.registry.get(part['type'])
         if not hasattr(kind, 'COCOAPI'):
             return
         try:
-            # To have paths and classes as the data set sees them, without loading anything.
+            # For the paths and classes of the data set, without loading anything.
             dataset = self.registry.build({**part, 'pipeline': [], 'lazy_init': True})
             with self.status(f'reading {dataset.ann_file}'):
                 content = load(
@@ -204,7 +202,7 @@ class _SplitInspection:
             self.error('annotation files that are not COCO format', _describe(error))
 
     def check_dataset(self, dataset: BaseDataset, counts: Counts) -> None:
-        """Look at the files and labels of one data set without its wrappers."""
+        """Check the files and labels of one data set without its wrappers."""
         classes = dataset.metainfo.get('classes')
         counts.used, counts.classes = len(dataset), classes and len(classes)
         if counts.images is None:
@@ -212,12 +210,12 @@ class _SplitInspection:
         infos = (
             dataset.get_data_info(i) for i in self.track(range(len(dataset)), 'list of images')
         )
-        # Of a million samples, only what is needed.
+        # Only what is needed, as there may be millions of samples.
         keys = ('img_path', 'seg_map_path', 'gt_label')
         images, maps, labels = zip(*[[info.get(key) for key in keys] for info in infos])
 
         if images[0] is None:
-            self.warning('data sets of which no image was looked at', 'samples have no img_path')
+            self.warning('data sets whose images were not checked', 'samples have no img_path')
             return
         local = not getattr(dataset, 'backend_args', None) and '://' not in images[0]
         there = self.check_files('images', images) if local else np.ones(len(images), bool)
@@ -242,7 +240,7 @@ class _SplitInspection:
             check_all_pixels(self.report, self.split, pixels, dataset, complete)
 
     def check_files(self, what: str, paths: Sequence[str | None]) -> np.ndarray:
-        """Which files are there, bool ``(len(paths),)``; folders are listed, files not touched."""
+        """Which files exist, bool ``(len(paths),)``; folders are listed, files not touched."""
         listed: dict[str, set[str]] = {}
         there = np.zeros(len(paths), bool)
         for i, path in enumerate(self.track(paths, what)):
@@ -251,11 +249,11 @@ class _SplitInspection:
                 listed[folder] = _names_in(folder)
             there[i] = name in listed[folder]
             if not there[i]:
-                self.error(f'{what} that are not there', path)
+                self.error(f'missing {what}', path)
         return there
 
     def check_maps_without_image(self, dataset: BaseDataset, maps: Sequence[str]) -> None:
-        """Warn of label maps that no image asks for, unless a file lists the images."""
+        """Warn of label maps that no image uses, unless a file lists the images."""
         folder = dataset.data_prefix.get('seg_map_path')
         if dataset.ann_file or not folder or not hasattr(dataset, 'seg_map_suffix'):
             return
@@ -270,7 +268,7 @@ class _SplitInspection:
         labels: Sequence[int | Sequence[int]],
         classes: Sequence[str] | None,
     ) -> None:
-        """Look at the labels of whole images."""
+        """Check the labels of images."""
         labels_of: dict[str, int | Sequence[int]] = {}
         for image, label in zip(images, labels):
             if labels_of.setdefault(image, label) != label:
@@ -278,7 +276,7 @@ class _SplitInspection:
                 self.error('images with two labels', both)
         if len(labels_of) < len(images):
             repeated = f'{len(images) - len(labels_of):,} of {len(images):,} entries'
-            self.warning('lists that name an image again', repeated)
+            self.warning('lists that repeat an image', repeated)
         if classes is None:
             return
         found: Counter = Counter()
@@ -293,7 +291,7 @@ class _SplitInspection:
                 self.warning('classes without images', str(name))
 
     def check_image(self, dataset: BaseDataset, info: dict) -> Counter:
-        """Decode an image and its label map; pixels of each value of the map."""
+        """Decode an image and its label map; return the number of pixels of each value."""
         backend_args = getattr(dataset, 'backend_args', None)
         image = self.decode('images', info['img_path'], 'color', backend_args)
         height, width = info.get('height'), info.get('width')
@@ -312,17 +310,17 @@ class _SplitInspection:
     def decode(
         self, what: str, path: str, flag: str, backend_args: dict | None
     ) -> np.ndarray | None:
-        """Decode a file, or report that it cannot be."""
+        """Decode a file, or report an error and return None."""
         try:
-            # Pillow refuses files that end early; OpenCV makes the rest of the image grey.
+            # Pillow refuses truncated files; OpenCV fills them up with grey.
             content = get(path, backend_args=backend_args)
             return mmcv.imfrombytes(content, flag=flag, backend='pillow')
-        except Exception as error:  # Decoders raise about anything.
+        except Exception as error:  # Decoders raise anything.
             self.error(f'{what} that cannot be decoded', f'{path}: {_describe(error)}')
             return None
 
     def check_heads(self) -> None:
-        """Compare the number of classes with that of the heads."""
+        """Compare ``num_classes`` of all heads with the data."""
         heads = [
             *head_num_classes(self.cfg.get('model')),
             *head_num_classes(self.cfg.get('data_preprocessor'), 'data_preprocessor'),
@@ -335,7 +333,7 @@ class _SplitInspection:
                 )
 
     def compare_classes(self, other: _SplitInspection) -> None:
-        """Labels must mean the same in two splits."""
+        """Report classes that differ from those of another split."""
         if self.classes and other.classes and list(self.classes) != list(other.classes):
             pairs = zip([*other.classes, None], [*self.classes, None])
             first = next(f'{theirs!r} and {mine!r}' for theirs, mine in pairs if theirs != mine)
@@ -344,21 +342,21 @@ class _SplitInspection:
             )
 
     def check_pipeline(self, dataset: BaseDataset) -> int:
-        """Load a few samples as training and evaluation do; how many."""
+        """Load a few samples with the pipeline; return how many succeed."""
         number = min(PIPELINE_SAMPLES, len(dataset))
         chosen = np.sort(self.rng.choice(len(dataset), number, replace=False))
         loaded = 0
         for i in self.track(chosen, 'pipeline'):
             try:
                 sample = dataset[int(i)]
-            except Exception as error:  # Pipelines raise about anything.
+            except Exception as error:  # Pipelines raise anything.
                 where = f'sample {i}, {_image_of(dataset, int(i))}: {_describe(error)}'
                 self.error('samples that the pipeline cannot load', where)
                 continue
             loaded += 1
             if not isinstance(sample, dict) or 'inputs' not in sample:
                 self.error(
-                    "samples without 'inputs', which a transform as PackDetInputs makes last",
+                    "samples without 'inputs': end the pipeline with one such as PackDetInputs",
                     f'{i}: {list(sample) if isinstance(sample, dict) else type(sample).__name__}',
                 )
         return loaded
@@ -373,15 +371,14 @@ def _type_name(part: dict) -> str:
 
 
 def _sources(part: dict) -> str:
-    """Where a data set looks for images, to find out why there are none."""
+    """Where a data set looks for images."""
     keys = ('data_root', 'data_prefix', 'ann_file', 'img_suffix', 'seg_map_suffix', 'filter_cfg')
     return ', '.join(f'{key}={part[key]!r}' for key in keys if part.get(key))
 
 
 def _image_of(dataset: BaseDataset, i: int) -> str:
-    """The file of a sample; of one that is mixed of several, nobody knows."""
     if not hasattr(dataset, 'get_data_info'):
-        return 'of several images'
+        return 'of several images'  # Such as MultiImageMixDataset's.
     return str(dataset.get_data_info(i).get('img_path'))
 
 

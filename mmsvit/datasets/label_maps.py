@@ -1,4 +1,4 @@
-"""What can be wrong in the label maps of a data set of MMSegmentation."""
+"""Check the label maps of an MMSegmentation data set."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def check_label_map(
     image_size: tuple[int, int] | None,
     dataset: BaseDataset,
 ) -> Counter[int]:
-    """Look at one label map.
+    """Check one label map.
 
     Args:
         report: Takes what is wrong.
         split: For the report.
         path: File of the label map, for the report.
-        label_map: As it is in the file, integers of shape ``(H, W)``.
-        image_size: Height and width of its image; None if it could not be decoded.
+        label_map: As in the file, integers of shape ``(H, W)``.
+        image_size: Height and width of its image; None if that could not be decoded.
         dataset: A ``BaseSegDataset``.
 
     Returns:
-        How many pixels have each value.
+        The number of pixels of each value.
     """
     if label_map.squeeze().ndim != 2:
         shape = f'{path}: {label_map.shape[2]} channels'
@@ -57,14 +57,14 @@ def check_label_map(
 def check_all_pixels(
     report: DatasetReport, split: str, pixels: Counter[int], dataset: BaseDataset, complete: bool
 ) -> None:
-    """Look at the values of many label maps together.
+    """Check the values of many label maps together.
 
     Args:
         report: Takes what is wrong.
         split: For the report.
-        pixels: How many pixels of all of them have each value.
+        pixels: The number of pixels of each value, in all of them.
         dataset: A ``BaseSegDataset``.
-        complete: Whether these were all label maps of the data set.
+        complete: Whether these are all label maps of the data set.
     """
     of_class, ignored = _meaning(dataset)
     if not of_class:
@@ -74,8 +74,8 @@ def check_all_pixels(
         report.warning(
             split,
             'label maps that may count from 1',
-            f'{len(of_class)} classes count from 0, and there are pixels of {beyond}: if 0 is '
-            'no class, set reduce_zero_label=True in the data set and in LoadAnnotations',
+            f'{len(of_class)} classes count from 0, but some pixels are {beyond}: if 0 is no '
+            'class, set reduce_zero_label=True in the data set and in LoadAnnotations',
         )
     if complete:
         for value, name in of_class.items():
@@ -84,9 +84,9 @@ def check_all_pixels(
 
 
 def _meaning(dataset: BaseDataset) -> tuple[dict[int, str], set[int]]:
-    """What the values in the files mean: the classes of some, and which are ignored."""
+    """The class names by value in the files, and the ignored values."""
     classes = dataset.metainfo.get('classes') or ()
-    # If the config wants only some of the classes that the data set has.
+    # The data set has a label_map if the config names only some of its classes.
     label_map = dataset.label_map or {label: label for label in range(len(classes))}
     first = 1 if dataset.reduce_zero_label else 0
     of_class = {

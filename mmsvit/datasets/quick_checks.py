@@ -1,6 +1,6 @@
-"""Finding wrong data before any work is lost to it: cheap checks, made before every run.
+"""Cheap checks of the data before every run.
 
-:mod:`mmsvit.datasets.inspection` is the thorough look, on demand.
+:mod:`mmsvit.datasets.inspection` is the thorough check, on demand.
 """
 
 from __future__ import annotations
@@ -34,19 +34,18 @@ def dataset_configs(cfg: dict) -> Iterator[dict]:
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     """Check the data that a config names, before anything is built.
 
-    Every file and folder must be there, an evaluator must use the annotations of its data
-    set, and COCO annotations must have the classes of the config, in that order.
-    MMDetection by itself ends in "need at least one array to concatenate" where no class
-    matches, trains without those that do not, and shows wrong names where the order
-    differs. Paths on a storage service (``s3://...``, ``backend_args``) are left to its
-    client.
+    Every file and folder must exist, an evaluator must use the annotations of its data set, and
+    COCO annotations must have the classes of the config, in that order. MMDetection fails with
+    "need at least one array to concatenate" if no class matches, silently trains without classes
+    that do not, and shows wrong names if the order differs. Paths on a storage service
+    (``s3://...``, ``backend_args``) are not checked.
 
     Args:
-        cfg: A whole config.
+        cfg: A complete config.
         splits: Which of ``'train'``, ``'val'`` and ``'test'`` to check.
 
     Raises:
-        FileNotFoundError: Something is not there; the message lists all that is not.
+        FileNotFoundError: Files or folders are missing; the message lists all.
         ValueError: Annotations cannot be read, or do not match.
     """
     datasets = {
@@ -100,7 +99,7 @@ def _as_list(value: dict | list | None) -> list[dict]:
 
 
 def _local(root: str | None, path: str | None) -> Path | None:
-    """A path below a data root, unless it is not given or not on this machine."""
+    """A path below a data root; None if there is none or it is not on this machine."""
     if not path or '://' in (root or '') + path:
         return None
     return Path(root or '') / path
@@ -112,7 +111,7 @@ def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
     prefixes = dataset.get('data_prefix')
     kind = getattr(dataset['type'], '__name__', str(dataset['type'])).rpartition('.')[2]
     if kind == 'ImageNet' and not prefixes and dataset.get('split'):
-        named['split'] = _local(root, dataset['split'])  # A folder of the name of the split.
+        named['split'] = _local(root, dataset['split'])  # A folder named like the split.
     elif isinstance(prefixes, str):
         named['data_prefix'] = _local(root, prefixes)
     elif prefixes:
@@ -122,9 +121,9 @@ def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
             yield f'{split}_dataloader.dataset.{name}: {path.absolute()}'
 
 
-@cache  # COCO's file takes seconds to read, and all checks want it.
+@cache  # COCO's file takes seconds to read, and several checks need it.
 def read_coco(ann_file: str) -> tuple[list[str], Counter]:
-    """Names of the categories, and how often what MMDetection leaves out without a word is there."""
+    """Names of the categories, and counts of what MMDetection skips silently."""
     try:
         content = json.loads(Path(ann_file).read_text())
         names = [category['name'] for category in content['categories']]
@@ -148,11 +147,16 @@ def check_classes(
         kind: The class of the data set.
 
     Raises:
-        ValueError: The file cannot be read, lacks some, or has them in another order.
+        ValueError: The file cannot be read, lacks classes, or has them in another order.
     """
     if classes is None:
         return
     if isinstance(classes, str):
+        if '://' not in classes and not Path(classes).is_file():
+            raise ValueError(
+                f'metainfo.classes of the {split} data set is the text {classes!r}, but there is no '
+                f'such file of class names. A tuple of one name needs a comma: ({classes!r},)'
+            )
         classes = list_from_file(classes)
     names, _ = read_coco(ann_file)
     absent = [name for name in classes if name not in names]
@@ -160,10 +164,10 @@ def check_classes(
         raise ValueError(
             f'the {split} annotations {ann_file!r} do not have the classes {absent} that the '
             f'config names; they have {names}. Set metainfo.classes of the data set to names of '
-            'the file (and num_classes of the heads to how many they are).'
+            'the file, and num_classes of the heads to their number.'
         )
     in_file_order = [name for name in names if name in classes]
-    # A subclass with its own way to load may order them by itself, as Objects365's do.
+    # A subclass that loads differently may sort them itself, as Objects365's do.
     plain = kind.load_data_list.__qualname__ == 'CocoDataset.load_data_list'
     if plain and in_file_order != list(classes):
         raise ValueError(
@@ -184,12 +188,12 @@ def built_datasets(dataset: object) -> Iterator[BaseDataset]:
 
 
 def check_class_folders(datasets: dict[str, object]) -> None:
-    """Check that folders of images, one for each class, mean the same labels everywhere.
+    """Check that all splits have the same folders of images, one for each class.
 
-    mmpretrain numbers the folders of each split by themselves, in alphabetical order.
+    MMPretrain numbers the folders of each split separately, in alphabetical order.
 
     Args:
-        datasets: Built data sets by split; those without such folders are left out.
+        datasets: Built data sets by split; those without such folders are skipped.
 
     Raises:
         ValueError: Folders differ between the splits, or are in another order than the classes
@@ -208,8 +212,8 @@ def check_class_folders(datasets: dict[str, object]) -> None:
         found = list(part.folder_to_idx)
         if found != expected:
             raise ValueError(
-                f'the {split} data set numbers its classes by other folders than the {first} data '
-                f'set: only {first} has {sorted(set(expected) - set(found))}, only {split} has '
+                f'the {split} data set has other class folders than the {first} data set: only '
+                f'{first} has {sorted(set(expected) - set(found))}, only {split} has '
                 f'{sorted(set(found) - set(expected))}. Make the same folders, even if empty.'
             )
         classes = part.metainfo['classes']

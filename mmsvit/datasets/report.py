@@ -1,4 +1,4 @@
-"""What a look at a config's data found: counts of each split, errors and warnings."""
+"""The report of an inspection: counts of each split, errors and warnings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Problem:
     """One kind of problem in one split.
 
     Attributes:
-        level: ``'error'`` (training fails, or learns something wrong) or ``'warning'``
-            (training runs, and something about the data should be known).
-        split: Where, for example ``'train'``.
+        level: ``'error'`` (training fails or learns something wrong) or ``'warning'`` (training
+            runs, but the data deserve a look).
+        split: For example ``'train'``.
         kind: What is wrong, in the plural.
-        count: How often.
+        count: How often it occurs.
         examples: The first few, with file names.
     """
 
@@ -33,7 +33,7 @@ class Problem:
 
 @dataclass
 class Counts:
-    """How much there is of one data set; None is not known, and printed as a dash."""
+    """Counts of one data set; None, printed as a dash, is unknown."""
 
     split: str
     data_set: str
@@ -46,18 +46,18 @@ class Counts:
 
 
 class DatasetReport:
-    """Counts and problems, in the order in which they were found."""
+    """Counts and problems, in the order of their discovery."""
 
     def __init__(self) -> None:
         self.counts: list[Counts] = []
         self._problems: dict[tuple[str, str, str], Problem] = {}
 
     def error(self, split: str, kind: str, example: str) -> None:
-        """Add an example of something that makes training fail or learn wrong things."""
+        """Add an example of what makes training fail or learn something wrong."""
         self._add('error', split, kind, example)
 
     def warning(self, split: str, kind: str, example: str) -> None:
-        """Add an example of something that should be known, and does not hinder training."""
+        """Add an example of what deserves a look but does not stop training."""
         self._add('warning', split, kind, example)
 
     def _add(self, level: str, split: str, kind: str, example: str) -> None:
@@ -67,22 +67,21 @@ class DatasetReport:
             problem.examples.append(example)
 
     def problems(self, level: str) -> list[Problem]:
-        """All of one level, ``'error'`` or ``'warning'``."""
+        """The problems of one level, ``'error'`` or ``'warning'``."""
         return [problem for problem in self._problems.values() if problem.level == level]
 
     def print(self, console: Console) -> None:
-        """Write a table of the counts, the warnings, the errors, and a last line that sums up."""
+        """Write a table of the counts, the warnings, the errors, and a summary line."""
         table = Table(box=SIMPLE, pad_edge=False)
-        for column in fields(Counts):
-            is_text = column.name in ('split', 'data_set')
+        names = [column.name for column in fields(Counts)]
+        for name in names:
             table.add_column(
-                column.name.replace('_', ' '),
-                justify='left' if is_text else 'right',
+                name.replace('_', ' '),
+                justify='left' if name in ('split', 'data_set') else 'right',
                 overflow='fold',
             )
         for counts in self.counts:
-            values = [getattr(counts, column.name) for column in fields(Counts)]
-            table.add_row(*[_cell(value) for value in values])
+            table.add_row(*[_cell(getattr(counts, name)) for name in names])
         console.print(table)
         for level, style in (('warning', 'yellow'), ('error', 'red')):
             for problem in self.problems(level):
@@ -104,5 +103,5 @@ def _cell(value: str | int | None) -> str:
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:
-    """Print names of files as they are: no markup in them, and no line breaks."""
+    """Print file names unchanged, without markup or line breaks."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -13,11 +13,11 @@ from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Learning rates that fall from the heads down to the stem.
 
-    A parameter of the backbone at depth ``d`` of ``n`` (:meth:`mmsvit.SViT.get_layer_depth`)
-    learns at ``layer_decay_rate ** (n - 1 - d)`` times the rate it would have otherwise;
-    neck and heads keep theirs. ``backbone_lr_mult`` (1 by default) multiplies the rates of the
-    whole backbone. (As a key of ``custom_keys``, ``'backbone'`` would do that as well, but take
-    precedence over ``norm_decay_mult`` and ``bias_decay_mult``.) In a config::
+    The learning rate of a backbone parameter at depth ``d`` of ``n``
+    (:meth:`mmsvit.SViT.get_layer_depth`) is multiplied by ``layer_decay_rate ** (n - 1 - d)``;
+    neck and heads keep theirs. ``backbone_lr_mult`` (1 by default) multiplies all rates of the
+    backbone. (``'backbone'`` in ``custom_keys`` would also do that, but override
+    ``norm_decay_mult`` and ``bias_decay_mult``.) In a config::
 
         optim_wrapper = dict(
             constructor='mmsvit.LayerDecayOptimWrapperConstructor',
@@ -46,9 +46,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: int | float | None = None,
     ) -> None:
-        """Add all parameters of ``module`` to ``params``, a group for each."""
+        """Add all parameters of ``module`` to ``params``, each as a group."""
         super().add_params(params, module, prefix=prefix, is_dcn_module=is_dcn_module)
-        if prefix:  # It calls itself for the parts of the model; this is done at the end.
+        if prefix:  # A recursive call for a part; the decay is for the model.
             return
         found = [(name, part) for name, part in module.named_modules() if isinstance(part, SViT)]
         if len(found) != 1:

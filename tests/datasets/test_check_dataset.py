@@ -116,27 +116,27 @@ def corner_boxes(content: dict) -> None:
         ann['bbox'] = [x + 30, y + 30, x + width + 30, y + height + 30]
 
 
-LEFT_OUT = 'which are left out'
+SKIPPED = 'skipped by MMDetection'
 ANNOTATION_DAMAGES = {
     'zero area': (
         change_annotation(bbox=[5, 5, 0, 9]),
         'warning',
-        f'boxes without area, {LEFT_OUT}',
+        f'boxes without area, {SKIPPED}',
     ),
     'negative': (
         change_annotation(bbox=[5, 5, 9, -4]),
         'warning',
-        f'boxes without area, {LEFT_OUT}',
+        f'boxes without area, {SKIPPED}',
     ),
     'outside': (
         change_annotation(bbox=[70, 5, 9, 9]),
         'warning',
-        f'boxes outside of their image, {LEFT_OUT}',
+        f'boxes outside the image, {SKIPPED}',
     ),
     'reaches out': (
         change_annotation(bbox=[60, 5, 9, 9]),
         'warning',
-        'boxes that reach out of their image',
+        'boxes partly outside the image',
     ),
     'not numbers': (
         change_annotation(bbox=[1, 2, float('nan'), 3]),
@@ -231,7 +231,7 @@ def test_only_the_first_of_many_are_shown(damaged):
         image.unlink()
     report = inspect_data(detection_config(damaged), ['train'])
     text = printed(report)
-    assert 'images that are not there (7)' in text and 'and 2 more' in text
+    assert 'missing images (7)' in text and 'and 2 more' in text
 
 
 def truncate(file: Path) -> None:
@@ -249,7 +249,7 @@ def shrink(file: Path) -> None:
 @pytest.mark.parametrize(
     ('damage', 'kind', 'detail'),
     [
-        (Path.unlink, 'images that are not there', ''),
+        (Path.unlink, 'missing images', ''),
         (truncate, 'images that cannot be decoded', 'truncated'),
         (replace_by_text, 'images that cannot be decoded', 'cannot identify'),
         (shrink, 'images of another size than annotated', 'is 64x50, annotated as 64x64'),
@@ -266,7 +266,7 @@ def test_damaged_images_are_named(damaged, damage, kind, detail):
 def test_missing_folders_and_classes_are_named(damaged):
     cfg = detection_config(damaged, **{'train_dataloader.dataset.data_prefix.img': 'nowhere/'})
     report = inspect_data(cfg, ['train', 'val'])
-    assert f'{damaged}/nowhere' in found(report)['error', 'files or folders that are not there'][0]
+    assert f'{damaged}/nowhere' in found(report)['error', 'missing files or folders'][0]
     assert [counts.split for counts in report.counts] == ['val']  # The others are looked at still.
 
     edit(damaged, lambda content: content['categories'].pop())
@@ -316,7 +316,7 @@ def test_splits_must_have_the_same_classes(shapes):
     assert any(
         'ring: ' in example
         for example in found(report)[
-            'warning', 'categories that are no classes of the config, so left out'
+            'warning', 'categories that are no classes of the config, so skipped'
         ]
     )
 
@@ -459,7 +459,7 @@ def test_some_classes_of_a_data_set_with_more(scenes):
         (
             lambda folder: (folder / 'labels' / '1.png').unlink(),
             'error',
-            'label maps that are not there',
+            'missing label maps',
             'labels/1.png',
         ),
         (
@@ -602,9 +602,9 @@ def test_lists_of_images(animals):
     examples = found(inspect_data(listed(animals)))
     both = examples['error', 'images with two labels']
     assert [example.rsplit('/', 1)[1] for example in both] == ['0.jpg: 0 and 1', '2.jpg: 0 and 2']
-    assert examples['warning', 'lists that name an image again'] == ['3 of 10 entries']
+    assert examples['warning', 'lists that repeat an image'] == ['3 of 10 entries']
     assert 'cat/2.jpg: 2, with 2' in examples['error', 'labels out of range'][0]
-    assert 'dog/9.jpg' in examples['error', 'images that are not there'][0]
+    assert 'dog/9.jpg' in examples['error', 'missing images'][0]
 
 
 def test_missing_split_folder_of_imagenet(animals):
@@ -612,5 +612,5 @@ def test_missing_split_folder_of_imagenet(animals):
     cfg.train_dataloader.dataset = dict(
         type='ImageNet', data_root=str(animals), split='val', pipeline=[]
     )
-    (example,) = found(inspect_data(cfg))['error', 'files or folders that are not there']
+    (example,) = found(inspect_data(cfg))['error', 'missing files or folders']
     assert str(animals / 'val') in example

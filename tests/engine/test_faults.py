@@ -9,11 +9,11 @@ import runpy
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from toy import (
 
 import mmsvit.checkpoint
 from mmsvit.checkpoint import UnsafeCheckpointError, read_checkpoint
-from mmsvit.checkpoint.files import newest_valid_checkpoint
+from mmsvit.checkpoint.files import AtomicLocalBackend, newest_valid_checkpoint
 from mmsvit.engine.hooks.bad_samples_hook import refuse_truncated
 from mmsvit.engine.hooks.exact_resume_hook import SeededBatchSampler
 from mmsvit.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
@@ -466,7 +466,7 @@ def test_whatever_the_damage_the_file_is_named(tmp_path):
         except ValueError as error:
             errors.append(error)
     assert len(errors) > 200 and all('damaged.pth' in str(error) for error in errors)
-    assert {type(error.__cause__) for error in errors} >= {IndexError, struct.error}
+    assert len({type(error.__cause__) for error in errors}) > 1
 
 
 @pytest.mark.promise(
@@ -525,25 +525,91 @@ def test_weights_that_are_not_finite_are_not_saved(images, tmp_path):
     assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_1.pth']
 
 
+@pytest.mark.promise('Runs', 'What a work folder says that makes no sense is named and passed over')
+@pytest.mark.parametrize(
+    'last', [b'\xff\xfe', b'x' * 5000, b'a\0b', b'', b'/nowhere/epoch_9.pth'], ids=repr
+)
+def test_a_last_checkpoint_that_names_nothing_is_passed_over(last, uninterrupted, tmp_path):
+    shutil.copy(uninterrupted / 'epoch_2.pth', tmp_path)
+    (tmp_path / 'last_checkpoint').write_bytes(last)
+    assert newest_valid_checkpoint(tmp_path) == str(tmp_path / 'epoch_2.pth')
+
+
+@pytest.mark.promise('Runs', 'What a work folder says that makes no sense is named and passed over')
+@pytest.mark.parametrize('done', ['9', None, float('nan'), 10**30, -1, True, 9.0])
+def test_a_checkpoint_with_nonsense_for_iterations_is_passed_over(done, uninterrupted, tmp_path):
+    checkpoint = read_checkpoint(uninterrupted / 'epoch_1.pth')
+    torch.save(checkpoint, tmp_path / 'epoch_1.pth')
+    checkpoint['meta']['iter'] = done
+    torch.save(checkpoint, tmp_path / 'epoch_2.pth')
+    assert newest_valid_checkpoint(tmp_path) == str(tmp_path / 'epoch_1.pth')
+    (tmp_path / 'epoch_1.pth').unlink()
+    with pytest.raises(ValueError, match=r'epoch_2\.pth: .*iter and meta\.epoch must be whole'):
+        newest_valid_checkpoint(tmp_path)
+
+
+def test_two_writers_of_one_file_leave_a_whole_one(tmp_path):
+    contents = [bytes([i]) * 2**20 for i in range(4)]
+
+    def write(content: bytes) -> None:
+        for _ in range(20):
+            AtomicLocalBackend().put(content, tmp_path / 'epoch_1.pth')
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert (tmp_path / 'epoch_1.pth').read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ['epoch_1.pth']
+
+
+@pytest.mark.promise('Safety', 'A resumed checkpoint cannot name files that the run removes')
+@pytest.mark.parametrize('key', ['checkpoint_between', 'keep_ckpt_ids', 'best_ckpt'])
+def test_a_checkpoint_cannot_have_other_files_removed(key, images, uninterrupted, tmp_path):
+    victims = [tmp_path / 'victim.pth', tmp_path / 'epoch_0' / 'x' / 'victim.pth']
+    for victim in victims:
+        victim.parent.mkdir(parents=True, exist_ok=True)
+        victim.write_text('mine')
+    checkpoint = torch.load(uninterrupted / 'epoch_1.pth', weights_only=False)
+    names = {
+        'checkpoint_between': '../victim.pth',
+        'keep_ckpt_ids': ['0/x/../../../victim', '/../../epoch_0', 0],
+        'best_ckpt': str(victims[0]),
+    }
+    info = checkpoint['message_hub']['runtime_info']
+    info.update({key: names[key], 'best_score': -1.0})
+    run = tmp_path / 'run'
+    run.mkdir()
+    torch.save(checkpoint, run / 'epoch_1.pth')
+    changes = {'default_hooks.checkpoint.max_keep_ckpts': 1}
+    if key == 'best_ckpt':
+        best = dict(save_best='score', rule='greater', published_keys=['state_dict'])
+        changes.update({f'default_hooks.checkpoint.{k}': value for k, value in best.items()})
+        changes.update(evaluation(images))
+    train(run, images, resume=True, **changes)
+    assert all(victim.read_text() == 'mine' for victim in victims)
+    if key != 'best_ckpt':
+        assert f'{key} of the checkpoint is ignored' in log_of(run)
+
+
 # --- signals ------------------------------------------------------------------------------
 
 
 @pytest.mark.promise(
     'Runs',
-    'SIGTERM and Ctrl-C save a checkpoint and exit with 143 and 130',
-    '6 of 6, with data workers of training and of evaluation',
+    'SIGTERM, Ctrl-C and SIGHUP save a checkpoint and exit with 143, 130 and 129',
+    '9 of 9, with data workers of training and of evaluation',
 )
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize('iteration', [3, 5, 9])  # in an epoch, at its end, in the next
 def test_a_signal_saves_and_leaves(number, iteration, images, uninterrupted, tmp_path):
     hook = dict(type='SendSignal', iteration=iteration, number=int(number))
-    before = signal.getsignal(number)
+    before = listen(number)
     try:
         with pytest.raises(SystemExit) as left:
             train(tmp_path, images, custom_hooks=[hook])
     finally:
         signal.signal(number, before)
-    assert left.value.code == 128 + number == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    expected = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}[number]
+    assert left.value.code == 128 + number == expected
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / f'iter_{iteration + 1}.pth')
     runner = train(tmp_path, images, resume=True)
     assert runner.iter == ITERATIONS
@@ -551,10 +617,27 @@ def test_a_signal_saves_and_leaves(number, iteration, images, uninterrupted, tmp
     assert not list(tmp_path.glob('iter_*.pth'))  # An epoch's has replaced it.
 
 
+def test_a_signal_that_is_ignored_stays_ignored(images, tmp_path):
+    """As nohup starts a program."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hook = dict(type='SendSignal', iteration=3, number=int(signal.SIGHUP))
+        assert train(tmp_path, images, custom_hooks=[hook]).iter == ITERATIONS
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def listen(number: int) -> object:
+    """Undo that a signal is ignored, as under nohup; what it did before."""
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    return signal.signal(number, default)
+
+
 def stop_after(iteration: int, folder: Path, images: Path, **changes: object) -> None:
     """Train up to where SIGTERM comes."""
     hook = dict(type='SendSignal', iteration=iteration - 1, number=int(signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
+    before = listen(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit):
             train(folder, images, custom_hooks=[hook], **changes)
@@ -603,7 +686,9 @@ def wait_for(path: Path) -> None:
     raise AssertionError(f'{path} did not appear')
 
 
-@pytest.mark.promise('Runs', 'SIGTERM and Ctrl-C save a checkpoint and exit with 143 and 130')
+@pytest.mark.promise(
+    'Runs', 'SIGTERM, Ctrl-C and SIGHUP save a checkpoint and exit with 143, 130 and 129'
+)
 @pytest.mark.slow
 def test_a_signal_to_the_whole_process_group(images, uninterrupted, tmp_path):
     process = toy(tmp_path, images, '--slow', '--workers', '2')  # in a session of its own
@@ -614,7 +699,9 @@ def test_a_signal_to_the_whole_process_group(images, uninterrupted, tmp_path):
     assert_same_weights(uninterrupted, tmp_path)
 
 
-@pytest.mark.promise('Runs', 'SIGTERM and Ctrl-C save a checkpoint and exit with 143 and 130')
+@pytest.mark.promise(
+    'Runs', 'SIGTERM, Ctrl-C and SIGHUP save a checkpoint and exit with 143, 130 and 129'
+)
 @pytest.mark.slow
 def test_a_signal_to_the_whole_process_group_in_evaluation(images, uninterrupted, tmp_path):
     process = toy(tmp_path, images, '--slow', '--workers', '2', '--evaluate', '--interval', '2')
@@ -810,7 +897,7 @@ def test_gradients_too_large_for_a_norm_are_seen(amp, clip, scaled, images, tmp_
         train(tmp_path, images, **changes)
     report = str(stopped.value)
     assert 'at iteration 9 ' in report and 'gradient norm: inf\n' in report
-    assert 'first in: no gradient by itself' in report
+    assert 'first in: no single gradient' in report
 
 
 @pytest.mark.promise(
@@ -825,7 +912,7 @@ def test_nan_on_one_process_is_skipped_and_stopped_at_on_all(images, tmp_path):
     assert codes == [1, 1], reports
     for report in reports:
         assert 'FloatingPointError: ' in report and 'at iteration 8 (epoch 3)' in report
-    assert 'nothing on this process' in reports[0]
+    assert 'nothing on this rank' in reports[0]
     assert 'a loss; the outputs of all modules are finite' in reports[1]
     assert log_of(tmp_path).count('Skipped: ') == 2  # The main process's.
     weights = read_checkpoint(tmp_path / 'epoch_2.pth')['state_dict'].values()
@@ -858,7 +945,7 @@ def test_unreadable_images_are_left_out_and_counted(workers, damaged_images, tmp
     log = log_of(tmp_path / 'run')
     for number, name in enumerate(('00.jpg', '01.jpg', '02.jpg'), 1):
         assert log.count(f'number {number} of at most 10') == 1 and name in log
-    assert log.count('left out, number') == 3
+    assert log.count('skipped, number') == 3
     assert '3 training samples could not be loaded' in log
 
 
@@ -868,7 +955,7 @@ def test_unreadable_images_are_left_out_and_counted(workers, damaged_images, tmp
 )
 def test_too_many_unreadable_images_stop_the_run(damaged_images, tmp_path):
     limit = {'default_hooks.bad_samples.max_skipped': 2}
-    with pytest.raises(RuntimeError, match=r'2 have been left out, the limit.*0[012]\.jpg'):
+    with pytest.raises(RuntimeError, match=r'after 2 were skipped, the limit.*0[012]\.jpg'):
         train(tmp_path / 'run', damaged_images, **limit)
 
 

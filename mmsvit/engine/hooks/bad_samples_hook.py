@@ -1,4 +1,4 @@
-"""Training data that cannot be read, in the middle of a run."""
+"""Skip training samples that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from PIL import Image
 from ...datasets.quick_checks import built_datasets
 from ...registry import HOOKS
 
-# First and last bytes of formats that OpenCV reads without a word if the end is missing.
+# First and last bytes of formats that OpenCV reads without an error if the end is missing.
 _BEGIN_AND_END = ((b'\xff\xd8', b'\xff\xd9'), (b'\x89PNG', b'IEND\xaeB`\x82'))
 _TAIL = 64  # bytes: some programs write a few of their own after the end
 
 
 def refuse_truncated(path: str | Path) -> None:
-    """Refuse a JPEG or PNG file that ends too early, of which OpenCV would make the rest grey.
+    """Refuse a truncated JPEG or PNG file, which OpenCV would fill up with grey.
 
-    Cheap: only where the last bytes are not as they should be is the image decoded, by Pillow.
+    Cheap: Pillow decodes the image only if the last bytes are wrong.
 
     Raises:
-        OSError: It ends too early, is not there or cannot be read.
+        OSError: The file is truncated, missing or unreadable.
     """
     with Path(path).open('rb') as file:
         head = file.read(4)
@@ -41,13 +41,13 @@ def refuse_truncated(path: str | Path) -> None:
 
 
 class GuardedPipeline(Compose):
-    """The transforms of a data set; samples on which one fails are left out, up to a limit.
+    """The transforms of a data set; skips samples on which one fails, up to a limit.
 
     Args:
         pipeline: The transforms.
-        limit: Different samples that may be left out.
-        seen: Checksums of those that were, shared by all data workers; the first entry is their
-            number.
+        limit: How many different samples may be skipped.
+        seen: Checksums of skipped samples, shared by all data workers; the first entry is
+            their number.
         split: For messages.
     """
 
@@ -59,22 +59,22 @@ class GuardedPipeline(Compose):
         """Run the transforms; None makes MMEngine's data set take another sample.
 
         Raises:
-            RuntimeError: One failed, and the limit has been reached.
+            RuntimeError: A transform failed, and the limit has been reached.
         """
-        # Transforms write into `data`.
+        # Before the transforms, which write into `data`.
         files = [data.get(key) for key in ('img_path', 'seg_map_path')]
-        # All of them: many decoders' errors do not say which file they are about.
+        # All files: many decoders' errors do not name the one that failed.
         name = ', '.join(map(str, filter(None, files))) or str(data.get('sample_idx', 'unknown'))
         try:
             for file in files:
                 if isinstance(file, (str, Path)) and '://' not in str(file):
                     refuse_truncated(file)
             return super().__call__(data)
-        except Exception as error:  # Decoders and transforms raise about anything.
-            self._leave_out(name, error)
+        except Exception as error:  # Decoders and transforms raise anything.
+            self._skip(name, error)
             return None
 
-    def _leave_out(self, name: str, error: Exception) -> None:
+    def _skip(self, name: str, error: Exception) -> None:
         why = f'{name}: {type(error).__name__}: {error}'
         if not self.limit:
             raise RuntimeError(f'a {self.split} sample cannot be loaded: {why}') from error
@@ -88,11 +88,11 @@ class GuardedPipeline(Compose):
                 self.seen[number + 1] = key
         if number >= self.limit:
             raise RuntimeError(
-                f'one more {self.split} sample cannot be loaded, and {self.limit} have been left '
-                f'out, the limit (default_hooks.bad_samples.max_skipped): {why}'
+                f'another {self.split} sample cannot be loaded, after {self.limit} were skipped, '
+                f'the limit (default_hooks.bad_samples.max_skipped): {why}'
             ) from error
         print_log(
-            f'{self.split} sample left out, number {number + 1} of at most {self.limit}: {why}',
+            f'{self.split} sample skipped, number {number + 1} of at most {self.limit}: {why}',
             'current',
             logging.WARNING,
         )
@@ -100,15 +100,15 @@ class GuardedPipeline(Compose):
 
 @HOOKS.register_module()
 class BadSamplesHook(Hook):
-    """Leave out training samples that cannot be loaded, with a counted warning, up to a limit.
+    """Skip training samples that cannot be loaded, with a counted warning, up to a limit.
 
-    A missing or unreadable image, one that ends too early, annotations on which a transform fails.
-    Another random sample takes the place. Evaluation leaves out nothing, as its numbers would be
-    about something else: it stops with the name of the file.
+    A sample is skipped if its image is missing, unreadable or truncated, or if a transform fails;
+    another random one replaces it. Evaluation skips nothing, as that would change its numbers: it
+    stops and names the file.
 
     Args:
-        max_skipped: Different samples that a process and its data workers may leave out; the
-            next one ends the run. 0: the first one does.
+        max_skipped: How many different samples a rank and its data workers may skip; the next one
+            ends the run. 0: the first one does.
 
     Raises:
         ValueError: ``max_skipped`` is negative.
@@ -123,20 +123,20 @@ class BadSamplesHook(Hook):
         self.seen = Array(c_int64, max_skipped + 1)
 
     def before_train(self, runner: Runner) -> None:
-        """Put the guards in place, before the data workers start."""
+        """Guard the data before the data workers start."""
         self._guard(runner.train_dataloader.dataset, self.max_skipped, 'training')
         if runner.val_loop is not None:
             self._guard(runner.val_dataloader.dataset, 0, 'validation')
 
     def before_test(self, runner: Runner) -> None:
-        """Guard the test data: no sample is skipped."""
+        """Guard the test data, of which no sample is skipped."""
         self._guard(runner.test_dataloader.dataset, 0, 'test')
 
     def after_train(self, runner: Runner) -> None:
-        """Say how many there were."""
+        """Report how many samples were skipped."""
         if self.seen[0]:
             runner.logger.warning(
-                f'{self.seen[0]} training samples could not be loaded and were left out.'
+                f'{self.seen[0]} training samples could not be loaded and were skipped.'
             )
 
     def _guard(self, dataset: object, limit: int, split: str) -> None:

@@ -1,4 +1,4 @@
-"""Built data sets checked before the first iteration."""
+"""Check built data sets before the first iteration."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from ...registry import HOOKS
 class CheckDatasetHook(Hook):
     """Check built data sets before the first iteration, whichever tool started the run.
 
-    The classes as :func:`check_data` does, those of image folders, that the first image and
-    label map exist, and that a segmentor or classifier has as many classes (of a detector,
-    MMDetection's ``NumClassCheckHook`` sees to it). (A stock tool fails by itself, if less
-    clearly, where files are missing or no class matches.)
+    It checks the classes as :func:`check_data` does, those of image folders, that the first image
+    and label map exist, and the number of classes of a segmentor or classifier (MMDetection's
+    ``NumClassCheckHook`` checks that of a detector).
     """
 
     priority = 'VERY_HIGH'
@@ -35,9 +34,7 @@ class CheckDatasetHook(Hook):
         datasets = {'train': runner.train_dataloader.dataset}
         if runner.val_loop is not None:
             datasets['val'] = runner.val_dataloader.dataset
-        check_class_folders(datasets)
-        for split, dataset in datasets.items():
-            self._check(split, dataset, runner)
+        _check(runner, datasets)
 
     def before_test(self, runner: Runner) -> None:
         """Check test data.
@@ -45,35 +42,37 @@ class CheckDatasetHook(Hook):
         Raises:
             ValueError, FileNotFoundError: What is wrong, and with which data set.
         """
-        check_class_folders({'test': runner.test_dataloader.dataset})
-        self._check('test', runner.test_dataloader.dataset, runner)
+        _check(runner, {'test': runner.test_dataloader.dataset})
 
-    def _check(self, split: str, dataset: object, runner: Runner) -> None:
-        model = runner.model
+
+def _check(runner: Runner, datasets: dict[str, object]) -> None:
+    check_class_folders(datasets)
+    for split, dataset in datasets.items():
         for part in built_datasets(dataset):
-            if getattr(part, 'backend_args', None):
-                continue
-            if hasattr(part, 'COCOAPI') and '://' not in part.ann_file:
-                classes = part.metainfo.get('classes')
-                check_classes(split, part.ann_file, classes, type(part))
-                if classes is not None:
-                    _warn_of_left_out(runner, split, part)
-            if hasattr(part, 'reduce_zero_label'):
-                _check_num_classes(split, part.metainfo['classes'], model)
-            if getattr(part, 'folder_to_idx', None):
-                _check_num_classes(split, part.folder_to_idx, model)
-            first = part.get_data_info(0)
-            for file in (first.get('img_path'), first.get('seg_map_path')):
-                if file and '://' not in file and not Path(file).is_file():
-                    raise FileNotFoundError(
-                        f'{file!r}, the first one of the {split} data set {part.ann_file!r}, does '
-                        f'not exist; is data_prefix right? It is {part.data_prefix}'
-                    )
+            if not getattr(part, 'backend_args', None):
+                _check_part(runner, split, part)
 
 
-def _warn_of_left_out(runner: Runner, split: str, dataset: BaseDataset) -> None:
-    for what, number in read_coco(dataset.ann_file)[1].items():
-        runner.logger.warning(f'{number:,} {what} in the {split} annotations {dataset.ann_file!r}')
+def _check_part(runner: Runner, split: str, part: BaseDataset) -> None:
+    if hasattr(part, 'COCOAPI') and '://' not in part.ann_file:
+        classes = part.metainfo.get('classes')
+        check_classes(split, part.ann_file, classes, type(part))
+        if classes is not None:
+            for what, number in read_coco(part.ann_file)[1].items():
+                if number == 1:
+                    what = what.replace('boxes', 'box').replace('images', 'image')
+                runner.logger.warning(f'{split} annotations {part.ann_file!r}: {number:,} {what}')
+    if hasattr(part, 'reduce_zero_label'):
+        _check_num_classes(split, part.metainfo['classes'], runner.model)
+    if getattr(part, 'folder_to_idx', None):
+        _check_num_classes(split, part.folder_to_idx, runner.model)
+    first = part.get_data_info(0)
+    for file in (first.get('img_path'), first.get('seg_map_path')):
+        if file and '://' not in file and not Path(file).is_file():
+            raise FileNotFoundError(
+                f'{file!r}, the first file of the {split} data set {part.ann_file!r}, does not '
+                f'exist; is data_prefix right? It is {part.data_prefix}'
+            )
 
 
 def _check_num_classes(split: str, classes: Collection[str], model: nn.Module) -> None:
@@ -82,6 +81,6 @@ def _check_num_classes(split: str, classes: Collection[str], model: nn.Module) -
         if isinstance(count, int) and count != len(classes):
             raise ValueError(
                 f'{name}.num_classes is {count}, but the {split} data set has {len(classes)} '
-                'classes: set num_classes of every head (decode_head, auxiliary_head), and of the '
-                'data_preprocessor of a classifier, to that'
+                'classes: set num_classes of every head (decode_head, auxiliary_head), and of a '
+                f"classifier's data_preprocessor, to {len(classes)}"
             )

@@ -1,4 +1,4 @@
-"""The faster form of a model for a test."""
+"""Test a model in its inference form, which is faster."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ...registry import HOOKS
 
 @HOOKS.register_module()
 class DeployHook(Hook):
-    """Switch every part of a model that can to its form for inference, before a test.
+    """Switch a model to its inference form before a test.
 
-    For tests only: a model that is evaluated during training must stay trainable.
+    Not before a validation: the model must stay trainable.
     """
 
-    priority = 'VERY_LOW'  # After the weights are loaded and whatever else looks at them.
+    priority = 'VERY_LOW'  # After the weights are loaded and other hooks have used them.
 
     def before_test(self, runner: Runner) -> None:
         """Call ``switch_to_deploy`` of every module that has it.
@@ -26,6 +26,6 @@ class DeployHook(Hook):
         """
         if not switch_to_deploy(runner.model):
             raise ValueError(
-                f'nothing in this {type(runner.model).__name__} can be switched to a form for '
-                'inference; mmsvit.SViT can'
+                f'no module of this {type(runner.model).__name__} has an inference form; '
+                'mmsvit.SViT has one'
             )

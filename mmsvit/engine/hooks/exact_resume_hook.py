@@ -1,10 +1,9 @@
 """A resumed run gives the same results as an uninterrupted one.
 
-MMEngine restores weights, optimizer, schedules and counters. Not restored are random states,
-so that drop path, samplers of proposals and augmentation differ after a resumption, and, where
-the config has no seed, the order of the data. Instead of saving the states of all processes
-and data workers, everything random is made a function of where the run is: the model's
-randomness of ``(seed, rank, iteration, 0)``, a sample's of ``(..., 1 + place in the batch)``.
+MMEngine restores weights, optimizer, schedules and counters, but no random states: drop path,
+sampled proposals and augmentation differ after resuming, and without a seed in the config also the
+order of the data. Instead of saving the states of all ranks and data workers, we seed by position:
+the model by ``(seed, rank, iteration, 0)``, a sample by ``(..., 1 + index in the batch)``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ...registry import HOOKS
 def seed_everything(*position: int) -> None:
     """Seed Python, NumPy and torch (all devices) by a position in a run.
 
-    Always by as many numbers: NumPy fills them up with zeros.
+    All positions need the same length: NumPy pads them with zeros.
     """
     state = np.random.SeedSequence(position).generate_state(3)
     random.seed(int(state[0]))
@@ -38,9 +37,9 @@ def seed_everything(*position: int) -> None:
 
 @dataclass
 class SeededBatch:
-    """Indices of a batch; whoever loads it, a data worker or not, is seeded for each sample.
+    """Indices of a batch; iterating seeds the random generators for each sample.
 
-    The data loader's workers go through it with ``[dataset[i] for i in batch]``.
+    The data loader does so with ``[dataset[i] for i in batch]``, in a data worker or not.
     """
 
     indices: Sequence[int]
@@ -56,18 +55,18 @@ class SeededBatch:
 
 
 class SeededBatchSampler:
-    """A batch sampler around another, from any place of a run.
+    """Wrap a batch sampler: seed each batch, and start anywhere in a run.
 
     Args:
         sampler: Gives indices.
-        batch_size: How many to a batch.
-        batch_sampler: Config of another batch sampler, as MMDetection's for aspect ratios.
-        drop_last: Whether to leave out what does not fill a batch; ignored with
-            ``batch_sampler``, which has its own.
+        batch_size: Samples in a batch.
+        batch_sampler: Config of another batch sampler, such as MMDetection's for aspect ratios.
+        drop_last: Whether to drop an incomplete last batch; ignored with ``batch_sampler``, which
+            has its own setting.
         seed: The run's.
         done: Batches of the run that are done.
-        skip: Batches to leave out at first.
-        endless: Whether epochs follow each other by themselves.
+        skip: Batches to skip first.
+        endless: Whether to continue with the next epoch after each.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class SeededBatchSampler:
         skip: int,
         endless: bool,
     ) -> None:
-        self.sampler, self.batch_size = sampler, batch_size  # MMEngine looks at both.
+        self.sampler, self.batch_size = sampler, batch_size  # MMEngine reads both.
         if batch_sampler is None:
             self.batch_sampler = BatchSampler(sampler, batch_size, drop_last)
         else:
@@ -107,11 +106,11 @@ class SeededBatchSampler:
             for batch in self.batch_sampler:
                 empty = False
                 yield batch
-            if empty:  # An endless loop otherwise.
+            if empty:  # Otherwise this would loop for ever.
                 raise RuntimeError(
                     f'{type(self.sampler).__name__} gives no samples: the training data are empty, '
-                    'or an endless sampler was ended by an earlier loop over its data loader, '
-                    'which then has to be built anew'
+                    'or an earlier loop over the data loader ended an endless sampler; build the '
+                    'data loader again'
                 )
 
     def __len__(self) -> int:
@@ -119,23 +118,23 @@ class SeededBatchSampler:
 
 
 class EndlessBatches:
-    """What an iteration-based loop takes its batches from; begins where the run is.
+    """Batches for an iteration-based loop, from where the run is.
 
     Args:
-        dataloader: One that never ends.
-        taken: How many batches the loop takes only to skip them, which OpenMMLab's MMEngine
-            does. They have been skipped.
+        dataloader: One that never ends and has skipped the batches before.
+        taken: How many batches the loop takes only to skip them, as OpenMMLab's MMEngine does;
+            it gets None.
     """
 
     def __init__(self, dataloader: DataLoader, taken: int) -> None:
         self._dataloader, self._taken = dataloader, taken
-        self._iterator: Iterator | None = None  # Its workers start when needed.
+        self._iterator: Iterator | None = None  # Workers start with it.
 
     def skip_iter(self, num_iters: int) -> None:
-        """Do nothing: the newer MMEngine's way to skip, which has been done."""
+        """Do nothing: the newer MMEngine skips so, but the batches have been skipped."""
 
     def close(self) -> None:
-        """End its workers."""
+        """Stop the data workers."""
         self._iterator = None
 
     def __next__(self) -> object:
@@ -149,17 +148,16 @@ class EndlessBatches:
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Make what is random depend on the seed and the place in the run alone.
+    """Make all randomness depend only on the seed and the position in the run.
 
-    Resuming from any checkpoint that a runner saved, also one in the middle of an epoch
-    (:class:`.StopSignalHook`), then ends in the same weights as a run without
-    interruption, on as many processes and CPU threads and for any ``num_workers``. Not covered:
-    what a transform or module keeps to itself (images of earlier samples in MMDetection's
+    Resuming from any checkpoint, also one from the middle of an epoch (:class:`.StopSignalHook`),
+    then gives the same weights as an uninterrupted run on as many ranks and CPU threads, for any
+    ``num_workers``. Not covered: state of a transform or module (earlier images in MMDetection's
     ``CachedMosaic``, generators of its own), and gradients accumulated when a checkpoint is saved
     in the middle of ``accumulative_counts``.
     """
 
-    priority = 'VERY_HIGH'  # Others change the data loader that this one makes.
+    priority = 'VERY_HIGH'  # Other hooks change the data loader that this one builds.
 
     def __init__(self) -> None:
         self._seed = 0
@@ -167,20 +165,20 @@ class ExactResumeHook(Hook):
         self._epoch_began_at: int | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note how much of an epoch was done."""
+        """Read how much of the epoch is done."""
         if runner._resume:
             self._progress = tuple(checkpoint['meta'].get('epoch_progress', (0, 0)))
 
     def before_train(self, runner: Runner) -> None:
-        """Build the data loader again: with the resumed seed, from where the run is."""
+        """Rebuild the data loader with the resumed seed, from where the run is."""
         shared = [runner.seed]
-        broadcast_object_list(shared)  # diff_rank_seed makes them differ.
+        broadcast_object_list(shared)  # They differ with diff_rank_seed.
         self._seed = shared[0]
         cfg, loop = runner.cfg.get('train_dataloader'), runner.train_loop
         if not isinstance(cfg, dict):
             runner.logger.warning(
-                'The training data come from a data loader that was not built from a config: '
-                'their order and augmentation will differ after a resumption.'
+                'The training data loader was not built from a config: the order and augmentation '
+                'of the data will differ after resuming.'
             )
             return
         endless = isinstance(loop, IterBasedTrainLoop)
@@ -202,9 +200,9 @@ class ExactResumeHook(Hook):
 
     def _build(self, runner: Runner, cfg: dict, skip: int, endless: bool) -> DataLoader:
         dataset = runner.train_dataloader.dataset
-        # A function, because MMEngine makes a deep copy of the config, and of a data set in it.
+        # A function, because MMEngine deep-copies the config, with any data set in it.
         cfg['dataset'] = dict(type=lambda: dataset)
-        cfg.pop('num_batch_per_epoch', None)  # It is in the data set.
+        cfg.pop('num_batch_per_epoch', None)  # The built data set has been cut already.
         cfg['batch_sampler'] = dict(
             type=SeededBatchSampler,
             batch_sampler=cfg.get('batch_sampler'),
@@ -217,26 +215,26 @@ class ExactResumeHook(Hook):
         return runner.build_dataloader(cfg, seed=self._seed)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Note where the epoch began, which may have been in an earlier process."""
+        """Note the iteration at which the epoch began, maybe before resuming."""
         self._epoch_began_at = runner.iter - self._progress[0]
         self._progress = (0, 0)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Seed the model's randomness."""
-        seed_everything(self._seed, get_rank(), runner.iter, 0)  # Samples have 1 and more.
+        seed_everything(self._seed, get_rank(), runner.iter, 0)  # Samples have 1 or more.
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Forget the epoch."""
+        """Forget where the epoch began."""
         self._epoch_began_at = None
 
     def after_train(self, runner: Runner) -> None:
-        """End data workers that would never end."""
+        """Stop endless data workers."""
         batches = getattr(runner.train_loop, 'dataloader_iterator', None)
         if isinstance(batches, EndlessBatches):
             batches.close()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Say how much of the epoch is done."""
+        """Store how much of the epoch is done."""
         if self._epoch_began_at is None or isinstance(runner.train_loop, IterBasedTrainLoop):
             return
         meta = checkpoint['meta']

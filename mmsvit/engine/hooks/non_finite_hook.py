@@ -1,4 +1,4 @@
-"""NaN and infinity: seen before they reach the weights, and traced to where they came from."""
+"""Detect NaN and infinity before they reach the weights, and trace their origin."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ _NAMES_SHOWN = 4
 class NonFiniteHook(Hook):
     """Stop at, or skip, an optimizer step whose losses or gradients are not finite.
 
-    It looks at both before each step, at the gradients before they are clipped, and says in the log
-    at which iteration and images it was, the loss terms, the gradients' norm, and which module
-    first gave a value that is not finite. For that the batch is run once more, forward and
-    backward, with the same random numbers.
+    It checks both before each step, the gradients before they are clipped. Its report has the
+    iteration, the images, the loss terms, the gradient norm, and the first module with a value
+    that is not finite. To find that, the batch is run once more, forward and backward, with the
+    same random numbers.
 
-    That ``GradScaler`` skips steps whose scaled gradients overflow is part of mixed precision: it
-    is counted, but not reported as long as the losses are finite.
+    Steps that ``GradScaler`` skips because scaled gradients overflow are part of mixed precision:
+    they are counted, but not reported as long as the losses are finite.
 
     Args:
-        action: ``'stop'``: end the run with an error; or ``'skip'``: do not apply the step (all
-            of its iterations, where gradients are accumulated), and take back what the batch did to
-            running statistics.
-        max_consecutive: End the run nevertheless after so many skipped steps in a row.
-        max_scaler_skips: End it also after so many steps in a row that ``GradScaler`` skipped.
+        action: ``'stop'``: end the run with an error; or ``'skip'``: skip the step (all of its
+            iterations, where gradients are accumulated), and restore the running statistics.
+        max_consecutive: Also end the run after more than so many skipped steps in a row.
+        max_scaler_skips: Also end it after ``GradScaler`` skipped more than so many in a row.
 
     Raises:
         ValueError: Another action, or a limit below 1.
@@ -80,7 +79,7 @@ class NonFiniteHook(Hook):
                 wrapper._clip_grad = partial(self._clip, wrapper.optimizer, wrapper._clip_grad)
 
     def _clip(self, optimizer: torch.optim.Optimizer, clip: Callable[[], None]) -> None:
-        # Afterwards infinite gradients may be zero, or as large as is allowed.
+        # Clipping may hide infinite gradients.
         self._unclipped[optimizer] = _norm(optimizer)
         clip()
 
@@ -89,7 +88,7 @@ class NonFiniteHook(Hook):
             self._losses.append(output)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
-        """Remember what the batch can be run again with."""
+        """Remember what is needed to run the batch again."""
         self._batch, self._rng, self._norm, self._found = data_batch, _rng_states(), None, False
         self._unclipped.clear()
         if self.action == 'skip' and not self._losses:
@@ -97,7 +96,7 @@ class NonFiniteHook(Hook):
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if getattr(optimizer, 'found_inf', None):
-            return  # GradScaler skips the step; with fused optimizers it leaves that to them.
+            return  # GradScaler leaves it to fused optimizers to skip the step.
         norm = self._unclipped[optimizer] if optimizer in self._unclipped else _norm(optimizer)
         finite = torch.stack([_finite(terms) for terms in self._losses] + [norm.isfinite().cpu()])
         bad = torch.tensor(int(not finite.all()))
@@ -106,7 +105,7 @@ class NonFiniteHook(Hook):
         if bad:
             self._found = True
             for p in _parameters(optimizer):
-                p.grad = None  # Such a step leaves weights, momenta and decay alone.
+                p.grad = None  # The step then changes no weights or momenta.
 
     def after_train_iter(
         self,
@@ -115,16 +114,15 @@ class NonFiniteHook(Hook):
         data_batch: object = None,
         outputs: dict | None = None,
     ) -> None:
-        """Report, and stop if it is time to.
+        """Report a step that is not finite, and stop or skip it.
 
         Raises:
             FloatingPointError: The run stops; the weights are the last good ones.
         """
-        if isinstance(runner.optim_wrapper, OptimWrapper):
-            if not runner.optim_wrapper.should_update():
-                return
-            if self._norm is None:
-                self._after_scaler_skip()
+        if in_accumulation(runner):
+            return
+        if self._norm is None and isinstance(runner.optim_wrapper, OptimWrapper):
+            self._after_scaler_skip()
         losses, self._losses = self._losses, []
         if not self._found:
             if self._norm is not None:
@@ -133,7 +131,7 @@ class NonFiniteHook(Hook):
         self._consecutive += 1
         self.skipped += 1
         report = self._report(runner, losses)
-        self._losses = []  # Those of the second run are no part of the next step.
+        self._losses = []  # Without those of the second run.
         if self.action == 'skip':
             for buffer, before in self._buffers:
                 buffer.copy_(before)
@@ -145,7 +143,7 @@ class NonFiniteHook(Hook):
         runner.logger.warning(f'{report}\nSkipped: {self.skipped} steps so far.')
 
     def _after_scaler_skip(self) -> None:
-        """GradScaler took no step: overflow, or losses that no smaller scale makes finite."""
+        """Tell an overflow, which a smaller scale cures, from losses that are not finite."""
         bad = torch.tensor(int(not all(_finite(terms) for terms in self._losses)))
         all_reduce(bad, 'max')
         self._found = bool(bad)
@@ -173,6 +171,12 @@ class NonFiniteHook(Hook):
         return '\n'.join(lines)
 
 
+def in_accumulation(runner: Runner) -> bool:
+    """Whether gradients are still being accumulated."""
+    wrapper = runner.optim_wrapper
+    return isinstance(wrapper, OptimWrapper) and not wrapper.should_update()
+
+
 def first_non_finite(model: nn.Module, statistics: bool = True) -> str | None:
     """Name of the first parameter, or running statistic, that is not finite."""
     values: list[tuple[str, Tensor]] = [*model.named_parameters()]
@@ -194,7 +198,7 @@ def _norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def _terms(losses: dict) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each term, as MMEngine sums them up."""
+    """Name and value of each term, reduced as MMEngine does."""
     for name, value in losses.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         tensors = [v.detach().float().mean() for v in values if isinstance(v, Tensor)]
@@ -203,7 +207,7 @@ def _terms(losses: dict) -> Iterator[tuple[str, Tensor]]:
 
 
 def _finite(losses: dict) -> Tensor:
-    """Whether all terms are, a bool on the CPU."""
+    """Whether all terms are finite, a bool on the CPU."""
     values = [value for _, value in _terms(losses)]
     return torch.stack(values).isfinite().all().cpu() if values else torch.tensor(True)
 
@@ -238,22 +242,23 @@ def _set_rng_states(states: tuple) -> None:
 def _trace(runner: Runner, batch: object, rng: tuple) -> str:
     """Run a batch again, and name what first gave a value that is not finite.
 
-    On each process by itself. The model's gradients are None afterwards.
+    Each rank does so alone. The model's gradients are None afterwards.
     """
-    weight = first_non_finite(runner.model, statistics=False)  # The batch has spoilt those.
+    # The batch has already spoilt the running statistics.
+    weight = first_non_finite(runner.model, statistics=False)
     if weight is not None:
         return f'the weights themselves: {weight}'
     model, before = unwrap(runner.model), _rng_states()
     if any(type(m).__name__ == 'FullyShardedDataParallel' for m in runner.model.modules()):
-        return 'unknown (a sharded model cannot be run again by one process)'
+        return 'unknown (a single rank cannot run a sharded model again)'
     bad: list[str] = []
 
-    def look(name: str, module: nn.Module, output: object) -> None:
+    def look(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
         if not bad and not all(t.isfinite().all() for t in _tensors(output)):
             bad.append(f'the output of {name} ({type(module).__name__})')
 
     handles = [
-        module.register_forward_hook(lambda m, _, output, name=name: look(name, m, output))
+        module.register_forward_hook(partial(look, name))
         for name, module in model.named_modules()
         if name
     ]
@@ -270,8 +275,8 @@ def _trace(runner: Runner, batch: object, rng: tuple) -> str:
             return 'a loss; the outputs of all modules are finite'
         loss.backward()
         return _first_gradient(model)
-    except Exception as error:  # A batch that was changed by its first run, or a full memory.
-        return f'unknown: running the batch again ended in {type(error).__name__}: {error}'
+    except Exception as error:  # The first run changed the batch, or memory is full.
+        return f'unknown: running the batch again raised {type(error).__name__}: {error}'
     finally:
         for handle in handles:
             handle.remove()
@@ -280,26 +285,20 @@ def _trace(runner: Runner, batch: object, rng: tuple) -> str:
 
 
 def _first_gradient(model: nn.Module) -> str:
-    names = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
-    ]
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if not names and not get_total_norm(gradients).isfinite():
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    if names:  # Backward goes from the end to the beginning.
+        shown = ', '.join(reversed(names[-_NAMES_SHOWN:]))
+        return f'the backward pass; {len(names)} gradients are not finite, the first {shown}'
+    if not get_total_norm(list(gradients.values())).isfinite():
         return (
-            'no gradient by itself, but they are so large that their norm is infinite, up to '
-            f'{max(float(gradient.abs().max()) for gradient in gradients):.4g}'
+            'no single gradient, but their norm is infinite: the largest value is '
+            f'{max(float(gradient.abs().max()) for gradient in gradients.values()):.4g}'
         )
-    if not names:
-        return (
-            'nothing on this process: here the batch gives finite values, as it may where '
-            'another process or another iteration of the same step did not, or where the gradients '
-            'overflow only when scaled'
-        )
-    # Backward goes from the end to the beginning.
-    shown = ', '.join(reversed(names[-_NAMES_SHOWN:]))
-    return f'the backward pass; {len(names)} gradients are not finite, the first {shown}'
+    return (
+        'nothing on this rank, where the batch gives finite values: another rank or another '
+        'iteration of the same step did not, or the gradients overflow only when scaled'
+    )
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -1,13 +1,14 @@
 """Checkpoints that survive crashes, and automatic resumption from the latest valid one.
 
-MMEngine's ``CheckpointHook`` writes a checkpoint in place, after it has removed the oldest one (and
-the previous best), and then updates ``last_checkpoint``, also in place. A run that dies in between
-leaves an incomplete file, or none. This hook writes the new file completely, then updates
-``last_checkpoint``, and only then removes an old file.
+MMEngine's ``CheckpointHook`` removes the oldest checkpoint (and the previous best), then writes the
+new one and ``last_checkpoint`` in place. A run that dies in between leaves an incomplete file, or
+none. This hook writes the new file completely, then updates ``last_checkpoint``, and only then
+removes an old file.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
@@ -21,7 +22,7 @@ from .non_finite_hook import first_non_finite
 
 
 def _check_agreement(runner: Runner) -> None:
-    """Compare what the ranks start from; by name, as the folder may differ between machines."""
+    """Compare what the ranks start from; by file name, as folders may differ between machines."""
     source = runner._load_from
     if source is None:
         start = 'resumes' if runner._resume else 'starts from scratch'
@@ -42,9 +43,9 @@ def _check_agreement(runner: Runner) -> None:
 class SafeCheckpointHook(CheckpointHook):
     """MMEngine's ``CheckpointHook``, with the same arguments, for runs that may die at any time.
 
-    - Local files are written atomically (:class:`AtomicLocalBackend`, for everything that this
-      process writes through MMEngine).
-    - Files that ``max_keep_ckpts`` or a better result makes superfluous are removed afterwards.
+    - Local files are written atomically (:class:`AtomicLocalBackend`, for all that this process
+      writes through MMEngine).
+    - Files that ``max_keep_ckpts`` or a better result replaces are removed afterwards.
     - Automatic resumption uses the latest valid checkpoint, read in torch's weights-only mode.
     - Weights that are not finite are never saved.
     """
@@ -52,7 +53,7 @@ class SafeCheckpointHook(CheckpointHook):
     saved_iter: int | None = None  # iterations done at the last checkpoint of this process
 
     def before_run(self, runner: Runner) -> None:
-        """Choose the checkpoint of an automatic resumption.
+        """Choose the checkpoint to resume from.
 
         Raises:
             UnsafeCheckpointError, ValueError: See :func:`newest_valid_checkpoint`.
@@ -70,14 +71,34 @@ class SafeCheckpointHook(CheckpointHook):
             runner._load_from, runner._resume = found[0], found[0] is not None
         _check_agreement(runner)
 
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Drop names of files to remove later that are not names of checkpoints."""
+        hub = checkpoint.get('message_hub')
+        info = hub.get('runtime_info') if isinstance(hub, dict) else None
+        if not isinstance(info, dict):
+            return
+        between, ids = info.get('checkpoint_between'), info.get('keep_ckpt_ids')
+        valid = {
+            'checkpoint_between': re.fullmatch(r'iter_\d+\.pth', str(between)),
+            'keep_ckpt_ids': isinstance(ids, list) and all(type(i) is int for i in ids),
+        }
+        for key in valid:
+            if info.get(key) is not None and not valid[key]:
+                found = info.pop(key)
+                runner.logger.warning(
+                    f'{key} of the checkpoint is ignored: it names no checkpoint, found {found!r:.100}'
+                )
+
     def before_train(self, runner: Runner) -> None:
-        """Set everything up, and check that the folder is writable.
+        """Set up atomic writing, and check that the folder is writable.
 
         Raises:
-            OSError: It cannot.
+            OSError: It is not.
         """
         register_backend('local', AtomicLocalBackend, force=True, prefixes='')
         super().before_train(runner)
+        if self.save_best:  # Of the resumed run: only files of this folder count.
+            self._set_best_paths({k: self._own(path) for k, path in self._best_paths().items()})
         if is_main_process() and isinstance(self.file_backend, LocalBackend):
             check_writable(self.out_dir)
 
@@ -90,15 +111,12 @@ class SafeCheckpointHook(CheckpointHook):
         name = first_non_finite(runner.model)
         if name is not None:
             raise FloatingPointError(
-                f'{name} is not finite after {checkpoint["meta"]["iter"]} iterations: nothing is saved. The '
-                f'last good checkpoint is {self.last_ckpt or "that of an earlier run, if any"}'
+                f'{name} is not finite after {checkpoint["meta"]["iter"]} iterations: nothing is '
+                f'saved. The last good checkpoint is {self.last_ckpt or "from an earlier run, if any"}'
             )
 
     def save_between(self, runner: Runner) -> None:
-        """Save a checkpoint ``iter_*.pth`` after an iteration, wherever in an epoch that is.
-
-        The next checkpoint, regular or not, replaces it.
-        """
+        """Save ``iter_*.pth`` after any iteration; the next checkpoint replaces it."""
         done = runner.iter + 1
         if self.saved_iter == done:
             return
@@ -110,13 +128,12 @@ class SafeCheckpointHook(CheckpointHook):
         self._remove(superfluous - {name})
 
     def _forget_between(self, runner: Runner) -> set[str]:
-        """Name of the checkpoint that the next one replaces, if there is any."""
+        """The name of the checkpoint that the next one replaces, if any."""
         return {runner.message_hub.pop_info('checkpoint_between')} - {None}
 
     def _save(self, runner: Runner, name: str, meta: dict, by_epoch: bool) -> None:
         path = self.file_backend.join_path(self.out_dir, name)
-        # `meta` is filled up with what is not for the caller.
-        saved_iter = meta['iter']
+        saved_iter = meta['iter']  # The runner changes `meta`.
         runner.message_hub.update_info('last_ckpt', path)
         runner.save_checkpoint(
             self.out_dir,
@@ -138,7 +155,7 @@ class SafeCheckpointHook(CheckpointHook):
         superfluous = self._forget_between(runner)
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             ids = [*self.keep_ckpt_ids, step]
-            # One too many, if need be: a run that dies before it removes that one does so later.
+            # Maybe one too many: a run that dies before removing it does so once resumed.
             runner.message_hub.update_info('keep_ckpt_ids', ids)
             self.keep_ckpt_ids.append(step)
             superfluous |= {
@@ -150,7 +167,7 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
             return
-        # The base class removes the previous best before it saves the next: it is told of none.
+        # The base class removes the previous best before it saves the next: hide it.
         previous = self._best_paths()
         self._set_best_paths(dict.fromkeys(previous))
         super()._save_best_checkpoint(runner, metrics)
@@ -164,6 +181,13 @@ class SafeCheckpointHook(CheckpointHook):
             return {'': self.best_ckpt_path}
         return dict(self.best_ckpt_path_dict)
 
+    def _own(self, path: object) -> str | None:
+        """The file of that name in this run's folder, if any."""
+        if not isinstance(path, str) or '\0' in path:
+            return None
+        own = self.file_backend.join_path(self.out_dir, Path(path).name)
+        return own if self.file_backend.exists(own) else None
+
     def _set_best_paths(self, paths: dict[str, str | None]) -> None:
         if len(self.key_indicators) == 1:
             self.best_ckpt_path = paths['']
@@ -171,7 +195,7 @@ class SafeCheckpointHook(CheckpointHook):
             self.best_ckpt_path_dict = paths
 
     def _remove(self, names: set[str]) -> None:
-        """Remove checkpoints of this run's own folder."""
+        """Remove checkpoints from this run's folder."""
         if not is_main_process():
             return
         for name in names:

@@ -1,4 +1,4 @@
-"""Save a checkpoint and stop when a cluster or a user asks for it."""
+"""Save a checkpoint and stop on a signal."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from types import FrameType
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
 from ...registry import HOOKS
+from .non_finite_hook import in_accumulation
 from .safe_checkpoint_hook import SafeCheckpointHook
 
 
 class LeaveSignalsToMain:
-    """Start a data worker that a signal to the whole process group does not end.
+    """Start a data worker that ignores signals to its process group.
 
-    Its main process does, after the checkpoint: by the same signal, which is told apart by who
-    sent it.
+    A signal that its main process sends, after the checkpoint, still ends it.
 
     Args:
-        signals: Which.
-        init: What else is to be done at the start of a worker.
+        signals: Numbers of the signals.
+        init: The data loader's own ``worker_init_fn``.
     """
 
     def __init__(self, signals: Sequence[int], init: Callable[[int], None] | None) -> None:
@@ -34,7 +33,7 @@ class LeaveSignalsToMain:
 
     def __call__(self, worker_id: int) -> None:
         """Set up the worker."""
-        # Blocked in all threads, a signal waits until one asks for it.
+        # A signal that all threads block stays pending until one waits for it.
         signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
         threading.Thread(target=self._wait, daemon=True).start()
         if self.init is not None:
@@ -46,23 +45,18 @@ class LeaveSignalsToMain:
         os._exit(0)
 
 
-def in_accumulation(runner: Runner) -> bool:
-    """Whether gradients wait for more of them, which no checkpoint holds."""
-    wrapper = runner.optim_wrapper
-    return isinstance(wrapper, OptimWrapper) and not wrapper.should_update()
-
-
 @HOOKS.register_module()
 class StopSignalHook(Hook):
-    """Save a checkpoint and leave when a signal asks to.
+    """Save a checkpoint and stop on a signal.
 
-    The iteration is finished first, and with gradient accumulation the step. All processes stop
-    after the same iteration, whichever of them got the signal. The exit status is 128 plus the
-    number of the signal, as a shell reports a process that it killed: 143 for SIGTERM, 130 for
-    SIGINT (Ctrl-C). A second Ctrl-C leaves at once.
+    The iteration is finished first, and with gradient accumulation the step. All ranks stop after
+    the same iteration, whichever got the signal. The exit status is 128 plus the number of the
+    signal, as shells report it: 143 for SIGTERM, 130 for SIGINT (Ctrl-C), 129 for SIGHUP (a closed
+    terminal). A second Ctrl-C stops at once. Signals that are ignored when training starts, as
+    under ``nohup``, stay ignored.
 
-    A signal during evaluation leaves at once if the weights have been saved, else after the first
-    iteration that follows.
+    A signal during evaluation stops at once if the weights have been saved, else after the next
+    training iteration.
 
     Args:
         signals: Names of the signals, such as ``'SIGUSR1'``, which SLURM can send ahead of time.
@@ -71,9 +65,9 @@ class StopSignalHook(Hook):
         ValueError: There is no signal of that name.
     """
 
-    priority = 'LOWEST'  # After everything that belongs to an iteration.
+    priority = 'LOWEST'  # After all other work of an iteration.
 
-    def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGINT')) -> None:
+    def __init__(self, signals: Sequence[str] = ('SIGTERM', 'SIGINT', 'SIGHUP')) -> None:
         unknown = [name for name in signals if not hasattr(signal, name)]
         if unknown:
             raise ValueError(f'unknown signals {unknown}, expected names such as SIGTERM')
@@ -83,14 +77,15 @@ class StopSignalHook(Hook):
         self._checkpoint_hook: SafeCheckpointHook | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Listen from now on."""
+        """Install the signal handlers."""
         hooks = [hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)]
         in_main = threading.current_thread() is threading.main_thread()
         if not hooks or not in_main:
-            why = 'no mmsvit.SafeCheckpointHook to save with' if in_main else 'not in a main thread'
+            why = 'it has no mmsvit.SafeCheckpointHook' if in_main else 'not in the main thread'
             runner.logger.warning(f'Signals will stop this run without a checkpoint: {why}.')
             return
         self._checkpoint_hook = hooks[0]
+        self.signals = [n for n in self.signals if signal.getsignal(n) is not signal.SIG_IGN]
         for number in self.signals:
             self._before[number] = signal.signal(number, self._receive)
         loaders = [runner.train_dataloader]
@@ -111,11 +106,12 @@ class StopSignalHook(Hook):
         data_batch: object = None,
         outputs: dict | None = None,
     ) -> None:
-        """Stop, if a process was asked to.
+        """Stop if any rank got a signal.
 
         Raises:
             SystemExit: With the exit status.
         """
+        # No checkpoint holds accumulated gradients.
         if self._checkpoint_hook is None or in_accumulation(runner):
             return
         received = torch.tensor(self._received)
@@ -133,7 +129,7 @@ class StopSignalHook(Hook):
         data_batch: object = None,
         outputs: object = None,
     ) -> None:
-        """Stop at once where nothing would be lost.
+        """Stop at once if the weights have been saved.
 
         Raises:
             SystemExit: With the exit status.
@@ -143,7 +139,7 @@ class StopSignalHook(Hook):
             self._leave(runner, self._received, hook.last_ckpt)
 
     def after_train(self, runner: Runner) -> None:
-        """Let signals do what they did before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

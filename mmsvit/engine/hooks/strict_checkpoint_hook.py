@@ -1,4 +1,4 @@
-"""No run with weights that are only half loaded."""
+"""Refuse checkpoints that do not fit the model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from ...registry import HOOKS
 
 @HOOKS.register_module()
 class StrictCheckpointHook(Hook):
-    """Load a whole model's checkpoint (``load_from``, ``resume``, a test) exactly or not at all.
+    """Load a model's checkpoint (``load_from``, ``resume``, a test) strictly.
 
-    MMEngine itself only warns about weights that are missing, unexpected or of another
-    shape. The authors' classifier is taken as it is, under mmpretrain's names.
+    MMEngine only warns about weights that are missing, unexpected or of another shape. The
+    authors' classifier gets mmpretrain's names.
 
     Args:
-        backbone_only: Whether the rest of the model may differ, as heads do that were
-            trained for other classes.
+        backbone_only: Whether to check only the backbone, for heads trained for other classes.
     """
 
     priority = 'VERY_HIGH'  # Before EMAHook, which copies what is loaded.
@@ -29,7 +28,7 @@ class StrictCheckpointHook(Hook):
         self.backbone_only = backbone_only
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Try the weights before the runner loads them.
+        """Check the weights before the runner loads them.
 
         Raises:
             RuntimeError, ValueError: They do not fit, or there are none; the message names them.
@@ -37,8 +36,7 @@ class StrictCheckpointHook(Hook):
         weights = model_state_dict(checkpoint)
         if self.backbone_only:
             for name, backbone in backbones_by_name(unwrap(runner.model)).items():
-                # To both branches of its semi-supervised detectors MMDetection gives the weights
-                # of a plain one.
+                # MMDetection loads a plain detector into both branches of a semi-supervised one.
                 inside = any(key.startswith(f'{name}.') for key in weights)
                 found = backbone_state_dict(weights, name if inside else 'backbone')
                 check_fit(found, backbone.state_dict(), f'load_from={runner._load_from!r}')

@@ -1,4 +1,4 @@
-"""Pictures of super tokens while a model is trained, in whatever the config's visualizer writes to."""
+"""Draw super tokens during training, with the config's visualizer."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from ...visualization.super_token_maps import SuperTokenRecorder
 
 @HOOKS.register_module()
 class SuperTokenVisualizationHook(Hook):
-    """Draw super tokens of training images now and then, and of the first images of a validation.
+    """Draw super tokens of training images at intervals, and of the first images of validations.
 
-    In a config: ``custom_hooks = [dict(type='mmsvit.SuperTokenVisualizationHook')]``; with
-    ``vis_backends`` of local files and TensorBoard, both get them. A config that has
-    ``custom_hooks`` already needs them in the new list, too.
+    In a config: ``custom_hooks = [dict(type='mmsvit.SuperTokenVisualizationHook')]``. The list
+    replaces an inherited ``custom_hooks``: repeat those. All ``vis_backends`` get the pictures.
 
     Args:
-        interval: Training steps from one picture to the next; 0 for none.
-        val_images: How many images of each validation, and of a test, from the first on.
+        interval: Training steps between pictures; 0 for none.
+        val_images: How many images of each validation or test, from the first on.
         stages: Which stages, counted from 0; by default those with super tokens.
-        block: Which block of each, counted from 0, or from -1 backwards.
-        point: Where attention is looked at from, as fractions of width and height.
+        block: Which block of each stage, counted from 0, or from -1 backwards.
+        point: Where attention is drawn from, as fractions of width and height.
     """
 
     priority = 'LOW'
@@ -58,14 +57,14 @@ class SuperTokenVisualizationHook(Hook):
         )
 
     def before_run(self, runner: Runner) -> None:
-        """Refuse a model that cannot be drawn before it is trained.
+        """Refuse a model that cannot be drawn.
 
         Raises:
-            ValueError: It has no SViT, or that has no such stage or block or none with super
-                tokens, or its input is no colour image, or it is compiled.
+            ValueError: The model is compiled, has no SViT, or one without such a stage or block,
+                without super tokens, or with other than 3 input channels.
         """
         if runner.cfg.get('compile'):
-            # The compiled step does not see forward hooks that come later, as a recorder's.
+            # A compiled step ignores forward hooks that are added later, such as a recorder's.
             raise ValueError(
                 "SuperTokenVisualizationHook cannot look into a compiled step: leave out the config's "
                 '`compile` or this hook (tools/visualize_super_tokens.py draws from checkpoints)'
@@ -81,7 +80,7 @@ class SuperTokenVisualizationHook(Hook):
         self._recorder.__enter__()
 
     def _draw(self, runner: Runner, data_batch: dict | None, name: str, step: int) -> int:
-        """Draw what was recorded since the step began, and stop recording."""
+        """Stop recording, draw the images and return their number."""
         recorder, self._recorder = self._recorder, None
         if recorder is None or data_batch is None:
             return 0
@@ -89,7 +88,7 @@ class SuperTokenVisualizationHook(Hook):
         all_maps = recorder.maps()
         for i, maps in enumerate(all_maps):
             inputs = data_batch['inputs']
-            # Several branches, as for semi-supervised training, come as a dict.
+            # A dict of several branches in semi-supervised training.
             images = recorder.images if isinstance(inputs, dict) else inputs
             preprocessor = unwrap(runner.model).data_preprocessor
             image = seen_image(preprocessor, recorder.images[i], images[i].shape[-2:])
@@ -101,7 +100,7 @@ class SuperTokenVisualizationHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
-        """Begin to record in a step that is to be drawn; on the first of several processes."""
+        """Start recording in a step that is to be drawn; on rank 0 only."""
         if self.every_n_train_iters(runner, self.interval) and runner.rank == 0:
             self._start(runner, 1)
 
@@ -116,7 +115,7 @@ class SuperTokenVisualizationHook(Hook):
         self._draw(runner, data_batch, 'train', runner.iter + 1)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Begin to count."""
+        """Reset the count."""
         self._drawn = 0
 
     before_test_epoch = before_val_epoch
@@ -124,7 +123,7 @@ class SuperTokenVisualizationHook(Hook):
     def before_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
-        """Begin to record until enough images are drawn; on the first of several processes.
+        """Start recording unless enough images are drawn; on rank 0 only.
 
         Not with test-time augmentation, which runs each image several times.
         """
@@ -148,6 +147,6 @@ class SuperTokenVisualizationHook(Hook):
     after_test_iter = after_val_iter
 
     def after_run(self, runner: Runner) -> None:
-        """Leave the model as it was, also where a step broke off."""
+        """Stop recording, also if a step failed."""
         if self._recorder is not None:
             self._recorder.__exit__()
