@@ -53,18 +53,9 @@ def conv_ffn(
 
 
 def add_depthwise_conv(x: Tensor, conv: nn.Module, backend: str = 'auto') -> Tensor:
-    """``x + conv(x)`` with a depthwise 3x3 convolution.
+    """``x + conv(x)`` with a depthwise 3x3 convolution of ``(N, C, H, W)``, for ``x`` of ``(N, H, W, C)``.
 
-    Args:
-        x: ``(N, H, W, C)``, any floating dtype.
-        conv: ``(N, C, H, W)`` to the same.
-        backend: See :func:`choose_backend`.
-
-    Returns:
-        ``(N, H, W, C)``.
-
-    Raises:
-        ValueError, RuntimeError: See :func:`choose_backend`.
+    See :func:`conv_ffn` for ``backend`` and what is raised.
     """
     chosen = backend_for(x, backend)
     if chosen is torch_backend or not is_standard(conv):

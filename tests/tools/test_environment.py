@@ -186,6 +186,29 @@ def test_wheels_are_told_apart_by_all_that_matters(setup_env, monkeypatch, tmp_p
     assert len(folders) == 8 and all(tmp_path in folder.parents for folder in folders)
 
 
+@pytest.mark.parametrize('loads', [True, False])
+def test_only_a_wheel_that_does_not_load_is_removed(setup_env, monkeypatch, tmp_path, loads):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    torch = dict(torch='2.11.0', cuda=None, gpu=False, arch=[], python='cp311', machine='x86_64')
+    built = []
+
+    def build(python, mmcv, folder, torch, with_cuda):
+        folder.mkdir(parents=True, exist_ok=True)
+        built.append(folder / 'mmcv-2.1.0.whl')
+        built[-1].touch()
+
+    tried = SimpleNamespace(returncode=1, stderr='out of memory')
+    loaded = SimpleNamespace(returncode=0 if loads else 1)
+    monkeypatch.setattr(setup_env, 'describe_torch', lambda python: torch)
+    monkeypatch.setattr(setup_env, 'build_mmcv', build)
+    monkeypatch.setattr(setup_env, 'install', lambda *args: None)
+    monkeypatch.setattr(setup_env, 'try_nms', lambda *args, **kwargs: tried)
+    monkeypatch.setattr(setup_env, 'run_code', lambda python, code: loaded)
+    with pytest.raises(setup_env.SetupError, match='out of memory'):
+        setup_env.install_mmcv(Path('python'), 'mmcv==2.1.0', 'build')
+    assert len(built) == 1 and built[0].is_file() is loads
+
+
 def test_missing_pieces_have_messages(setup_env, monkeypatch, tmp_path):
     monkeypatch.setattr(setup_env, 'NEEDED_GB', 1e9)
     with pytest.raises(setup_env.SetupError, match='GB are free'):
