@@ -35,53 +35,43 @@ FAMILIES = {
 """Import names and the distributions that hold them, in the two families of releases."""
 
 # What goes wrong in practice: a pattern of the error, and the way out.
-KNOWN_ERRORS = (
-    (
-        r'torchvision::nms does not exist|torchvision.*undefined symbol',
+KNOWN_ERRORS = {
+    r'torchvision::nms does not exist|torchvision.*undefined symbol': (
         'torchvision was built for another torch. Install a pair that belongs together: '
-        'pip install torch==2.11.0 torchvision==0.26.0',
+        'pip install torch==2.11.0 torchvision==0.26.0'
     ),
-    (
-        r'_ext.*undefined symbol|undefined symbol.*_ext',
+    r'_ext.*undefined symbol|undefined symbol.*_ext': (
         "mmcv's ops were built for another torch. Build them again: "
-        'bash tools/quickstart.sh, or the last lines of requirements.txt',
+        'bash tools/quickstart.sh, or the last lines of requirements.txt'
     ),
-    (
-        r"No module named 'mmcv\._ext'|compiled with ops|mmcv\.ops.*not (found|available)",
+    r"No module named 'mmcv\._ext'|compiled with ops|mmcv\.ops.*not (found|available)": (
         "mmcv was installed without its compiled ops. Build them, after torch and without pip's "
         'isolation; the last lines of requirements.txt (requirements-openmmlab.txt for '
-        "OpenMMLab's own releases) say how",
+        "OpenMMLab's own releases) say how"
     ),
-    (
-        r"No module named 'pkg_resources'",
-        "this mmcv needs an older setuptools: pip install 'setuptools<81'",
+    r"No module named 'pkg_resources'": (
+        "this mmcv needs an older setuptools: pip install 'setuptools<81'"
     ),
-    (
-        r'libGL\.so|libgthread|libglib',
-        'OpenCV lacks system libraries: apt-get install libgl1 libglib2.0-0',
+    r'libGL\.so|libgthread|libglib': (
+        'OpenCV lacks system libraries: apt-get install libgl1 libglib2.0-0'
     ),
-    (
-        r'numpy\.core\.multiarray failed to import|compiled using NumPy 1|_ARRAY_API not found',
-        'a package was built for another numpy: pip install numpy==2.2.6',
+    r'numpy\.core\.multiarray failed to import|compiled using NumPy 1|_ARRAY_API not found': (
+        'a package was built for another numpy: pip install numpy==2.2.6'
     ),
-    (
-        r'MMCV==.* is used but incompatible|MMEngine==.* is used but incompatible',
+    r'MMCV==.* is used but incompatible|MMEngine==.* is used but incompatible': (
         'releases that do not belong together: install all of requirements.txt, or all of '
-        'requirements-openmmlab.txt',
+        'requirements-openmmlab.txt'
     ),
-    (
-        r"No module named '(torch|torchvision|numpy|cv2|mmengine|mmcv|mmdet)'",
-        'not installed. See requirements.txt, or let tools/quickstart.sh install everything',
+    r"No module named '(torch|torchvision|numpy|cv2|mmengine|mmcv|mmdet)'": (
+        'not installed. See requirements.txt, or let tools/quickstart.sh install everything'
     ),
-)
+}
 
 
 def fix_for(error: str) -> str | None:
     """The way out of a known error, found by its text."""
-    for pattern, fix in KNOWN_ERRORS:
-        if re.search(pattern, error, re.DOTALL):
-            return fix
-    return None
+    fixes = (fix for known, fix in KNOWN_ERRORS.items() if re.search(known, error, re.DOTALL))
+    return next(fixes, None)
 
 
 @dataclass
@@ -107,22 +97,17 @@ class Report:
         except Exception as error:  # Whatever a broken installation raises.
             text = f'{type(error).__name__}: {error}'.splitlines()[0]
             self.add(name, text)
-            missing = isinstance(error, ModuleNotFoundError) and not required
-            if not missing:
+            if required or not isinstance(error, ModuleNotFoundError):
                 self.problems.setdefault(fix_for(str(error)) or text, []).append(name)
 
 
 def installed_families() -> dict[str, list[str]]:
     """Which distributions of each family are installed."""
     names = {(dist.metadata['Name'] or '').lower() for dist in metadata.distributions()}
-    found = {}
-    for family, distributions in FAMILIES.items():
-        present = [name for name in distributions.values() if name in names]
-        if family == 'openmmlab' and 'mmcv-lite' in names:
-            present.append('mmcv-lite')
-        if present:
-            found[family] = present
-    return found
+    known = {family: [*distributions.values()] for family, distributions in FAMILIES.items()}
+    known['openmmlab'].append('mmcv-lite')
+    found = {family: [name for name in known[family] if name in names] for family in known}
+    return {family: present for family, present in found.items() if present}
 
 
 def _check_families(report: Report) -> None:
@@ -155,7 +140,7 @@ def _check_torch() -> str:
     import torch
 
     version = torch.__version__
-    release = tuple(int(part) for part in version.split('.')[:2])
+    release = tuple(map(int, version.split('.')[:2]))
     if release < (2, 6):
         raise RuntimeError(
             f'torch {version} is too old: 2.6 or later is needed, to read checkpoints safely'
@@ -170,7 +155,7 @@ def _check_cuda() -> str:
 
     if not torch.cuda.is_available():
         return f'no GPU (torch built for CUDA {torch.version.cuda})' if torch.version.cuda else 'no'
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    names = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
     return f'{torch.version.cuda}: {", ".join(names)}'
 
 
@@ -214,9 +199,8 @@ def _check_backend() -> str:
     super_tokens, association = sample(ones, (4, 4))
     tokens = distribute(association, super_tokens, (4, 4), (4, 4))
     share = association[0, 0, 0, 4].reshape(1, 4, 4, 1)
-    if not torch.allclose(super_tokens, ones[:, :1, :1]) or not torch.allclose(
-        tokens, share * ones
-    ):
+    expected = (ones[:, :1, :1], share * ones)
+    if not all(map(torch.allclose, (super_tokens, tokens), expected)):
         raise RuntimeError(f'the {backend} backend gives wrong results on {device}')
     return f'{backend} ({reason})'
 
@@ -250,8 +234,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     report = check()
-    print('\n'.join(report.lines))
-    print()
+    print(*report.lines, '', sep='\n')
     if report.problems:
         print('NOT READY:')
         for problem, names in report.problems.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -23,6 +23,7 @@ from pycocotools import mask as coco_mask
 from rich.progress import track
 
 CLASSES = ('circle', 'square', 'triangle', 'star', 'ring')
+ALL_LABELS = range(len(CLASSES))
 FORMAT = 2  # of the files; one more when they change
 MIN_VISIBLE_PIXELS = 40
 MIN_VISIBLE_SHARE = 0.3
@@ -56,17 +57,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def polygon(name: str) -> np.ndarray:
-    """Corners of a class with straight edges, in a circle of radius 1, shape (n, 2)."""
-    if name == 'star':
-        angles = np.arange(10) * np.pi / 5
-        radii = np.where(np.arange(10) % 2, 0.42, 1.0)
-    else:
-        corners = {'square': 4, 'triangle': 3}[name]
-        angles, radii = np.arange(corners) * 2 * np.pi / corners, 1.0
-    return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
-
-
 def shape_mask(name: str, center: np.ndarray, radius: float, angle: float, size: int) -> np.ndarray:
     """Coverage of each pixel by a shape, float32 in [0, 1], shape (size, size)."""
     canvas = np.zeros((size * SUPERSAMPLING, size * SUPERSAMPLING), np.uint8)
@@ -77,8 +67,12 @@ def shape_mask(name: str, center: np.ndarray, radius: float, angle: float, size:
         if name == 'ring':
             cv2.circle(canvas, point, round(radius * 0.55), 0, thickness=-1)
     else:
+        count = {'triangle': 3, 'square': 4, 'star': 10}[name]
+        angles = np.arange(count) * 2 * np.pi / count
+        radii = np.where(np.arange(count) % 2, 0.42, 1.0) if name == 'star' else 1.0
+        corners = np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
         cos, sin = np.cos(angle), np.sin(angle)
-        corners = polygon(name) @ np.array([[cos, sin], [-sin, cos]]) * radius + center
+        corners = corners @ np.array([[cos, sin], [-sin, cos]]) * radius + center
         cv2.fillPoly(canvas, [corners.round().astype(np.int32)], 255)
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
@@ -107,10 +101,7 @@ def class_colour(rng: np.random.Generator, label: int) -> np.ndarray:
 
 
 def draw_image(
-    rng: np.random.Generator,
-    size: int,
-    max_shapes: int,
-    labels: Sequence[int] = range(len(CLASSES)),
+    rng: np.random.Generator, size: int, max_shapes: int, labels: Sequence[int] = ALL_LABELS
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
     """Draw one image, with shapes of the classes ``labels``.
 
@@ -141,62 +132,66 @@ def draw_image(
     return np.clip(image, 0, 255).astype(np.uint8), visible
 
 
-def annotation(label: int, mask: np.ndarray) -> dict:
-    """A COCO annotation: run-length encoded mask, area, and tight box [x, y, width, height]."""
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return dict(
-        category_id=label + 1,
-        segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
-        area=int(coco_mask.area(rle)),
-        bbox=coco_mask.toBbox(rle).tolist(),
-        iscrowd=0,
-    )
+def generators(args: argparse.Namespace, split: str) -> Iterator[tuple[int, np.random.Generator]]:
+    """The number of each image of a split and a generator for it, with a progress bar.
 
-
-def make_split(out: Path, split: str, count: int, args: argparse.Namespace) -> None:
-    """Write the images and the annotation file of one split."""
-    (out / split).mkdir(parents=True)
-    labels = out / 'annotations' / f'semantic_{split}'
-    labels.mkdir(parents=True)
-    images, annotations = [], []
+    No image is in both splits, and none depends on how many others there are.
+    """
+    count = {'train': args.num_train, 'val': args.num_val}[split]
     for i in track(range(count), description=f'{split:>5}'):
-        # A generator for each image of each split: no image is in both, and none
-        # depends on how many others there are.
-        rng = np.random.default_rng((args.seed, ('train', 'val').index(split), i))
+        yield i, np.random.default_rng((args.seed, ('train', 'val').index(split), i))
+
+
+def write_image(file: Path, image: np.ndarray) -> None:
+    """Write a JPEG; raise OSError if that fails."""
+    if not cv2.imwrite(str(file), image, [cv2.IMWRITE_JPEG_QUALITY, 95]):
+        raise OSError(f'cannot write {file}')
+
+
+def make_split(args: argparse.Namespace, split: str) -> None:
+    """Write the images, label maps and COCO file of one split."""
+    label_maps = args.out / 'annotations' / f'semantic_{split}'
+    for folder in (args.out / split, label_maps):
+        folder.mkdir(parents=True)
+    images, annotations = [], []
+    for i, rng in generators(args, split):
         image, shapes = draw_image(rng, args.size, args.max_shapes)
         name = f'{i:06d}.jpg'
-        if not cv2.imwrite(str(out / split / name), image, [cv2.IMWRITE_JPEG_QUALITY, 95]):
-            raise OSError(f'cannot write {out / split / name}')
+        write_image(args.out / split / name, image)
+        images.append(dict(id=i + 1, file_name=name, height=args.size, width=args.size))
         label_map = np.zeros((args.size, args.size), np.uint8)
         for label, mask in shapes:
             label_map[mask] = label + 1
-        cv2.imwrite(str(labels / f'{i:06d}.png'), label_map)
-        images.append(dict(id=i + 1, file_name=name, height=args.size, width=args.size))
-        for label, mask in shapes:
-            annotations.append(
-                dict(id=len(annotations) + 1, image_id=i + 1, **annotation(label, mask))
+            rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            annotation = dict(
+                id=len(annotations) + 1,
+                image_id=i + 1,
+                category_id=label + 1,
+                segmentation=dict(size=rle['size'], counts=rle['counts'].decode()),
+                area=int(coco_mask.area(rle)),
+                bbox=coco_mask.toBbox(rle).tolist(),  # x, y, width, height
+                iscrowd=0,
             )
+            annotations.append(annotation)
+        cv2.imwrite(str(label_maps / f'{i:06d}.png'), label_map)
     data = dict(
         info=dict(description='generated shapes', seed=args.seed),
         images=images,
         annotations=annotations,
         categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
     )
-    (out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(data))
+    (args.out / 'annotations' / f'instances_{split}.json').write_text(json.dumps(data))
 
 
-def make_class_folders(out: Path, split: str, count: int, args: argparse.Namespace) -> None:
+def make_class_folders(args: argparse.Namespace, split: str) -> None:
     """Write the images of one split for classification, as many of each class as of another."""
     for name in CLASSES:  # All, even if one stays empty: the folders number the classes.
-        (out / split / name).mkdir(parents=True)
-    for i in track(range(count), description=f'{split:>5}'):
-        rng = np.random.default_rng((args.seed, ('train', 'val').index(split), i))
+        (args.out / split / name).mkdir(parents=True)
+    for i, rng in generators(args, split):
         label, shapes = i % len(CLASSES), []
         while not shapes:  # A shape too small to count is drawn again.
             image, shapes = draw_image(rng, args.size, max_shapes=1, labels=[label])
-        file = out / split / CLASSES[label] / f'{i:06d}.jpg'
-        if not cv2.imwrite(str(file), image, [cv2.IMWRITE_JPEG_QUALITY, 95]):
-            raise OSError(f'cannot write {file}')
+        write_image(args.out / split / CLASSES[label] / f'{i:06d}.jpg', image)
 
 
 def main() -> None:
@@ -215,8 +210,8 @@ def main() -> None:
             )
         shutil.rmtree(args.out)
     make = {'detection': make_split, 'classification': make_class_folders}[args.task]
-    make(args.out, 'train', args.num_train, args)
-    make(args.out, 'val', args.num_val, args)
+    make(args, 'train')
+    make(args, 'val')
     # Written last: a run that was broken off does not pass for a whole data set.
     settings_file.write_text(json.dumps(settings))
     print(f'wrote {args.num_train} training and {args.num_val} validation images to {args.out}')

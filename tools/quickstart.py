@@ -19,6 +19,7 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
+from mmsvit.cli import make_parser
 from mmsvit.visualization.drawing import Sheet, fit
 from mmsvit.visualization.html_report import HtmlReport
 from mmsvit.visualization.training_curves import choose_metrics, draw_curves, read_curves
@@ -61,12 +62,6 @@ def latest_checkpoint() -> Path | None:
     return path if path.is_file() else None
 
 
-def latest_metrics(folder: Path) -> dict[str, float]:
-    """The metrics of the newest evaluation in a work folder."""
-    files = folder.glob('*/*.json')
-    return json.loads(max(files, key=lambda path: path.stat().st_mtime).read_text())
-
-
 def contact_sheet(images: list[Path], predictions: Path, super_tokens: Path) -> np.ndarray:
     """Truth, prediction, and stage 1's super tokens and attention: a row for each image, RGB."""
     step = TILE + GAP
@@ -97,10 +92,7 @@ def write_report(file: Path, scores: list[list[str]], sheet: np.ndarray, checkpo
     figure = draw_curves({'': curves}, ['loss'], choose_metrics(sorted(curves)))
     report.figure(figure, 'Loss of each step, and AP on the validation images after each epoch.')
     report.heading('Predictions and super tokens')
-    report.picture(
-        sheet,
-        'Attention: where stage 1 looks from the ring (bright: more).',
-    )
+    report.picture(sheet, 'Attention: where stage 1 looks from the ring (bright: more).')
     report.heading('Your own picture')
     report.code(
         f'python tools/visualize_super_tokens.py photo.jpg --config {CONFIG} \\\n'
@@ -110,9 +102,7 @@ def write_report(file: Path, scores: list[list[str]], sheet: np.ndarray, checkpo
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument('--retrain', action='store_true', help='train again although it is done')
     return parser.parse_args()
 
@@ -142,17 +132,15 @@ def main() -> None:
         *('--checkpoint', checkpoint, '--out-dir', super_tokens, '--size', TILE),
     )
 
-    metrics = latest_metrics(WORK_DIR / 'test')
+    newest = max((WORK_DIR / 'test').glob('*/*.json'), key=lambda path: path.stat().st_mtime)
+    metrics = json.loads(newest.read_text())
     scores = [
         [name, *(f'{metrics[f"coco/{kind}_mAP{suffix}"]:.3f}' for suffix in ('', '_50', '_75'))]
         for name, kind in (('box', 'bbox'), ('mask', 'segm'))
     ]
     sheet = contact_sheet(images, predictions, super_tokens)
-    cv2.imwrite(
-        str(WORK_DIR / 'pictures.jpg'),
-        cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR),
-        [cv2.IMWRITE_JPEG_QUALITY, 85],
-    )
+    picture = cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)
+    cv2.imwrite(str(WORK_DIR / 'pictures.jpg'), picture, [cv2.IMWRITE_JPEG_QUALITY, 85])
     report = WORK_DIR / 'report.html'
     write_report(report, scores, sheet, checkpoint)
     table = Table(title='AP on the validation images, which training has not seen')

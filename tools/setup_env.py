@@ -40,29 +40,21 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run(command: list[str]) -> None:
-    """Run a command, its output on our standard error."""
-    subprocess.run(command, check=True, stdout=sys.stderr, cwd=ROOT)
+def run(python: Path, *arguments: str) -> None:
+    """Run a Python in the checkout, its output on our standard error."""
+    subprocess.run([str(python), *arguments], check=True, stdout=sys.stderr, cwd=ROOT)
 
 
 def install(python: Path, *arguments: str) -> None:
-    """Run pip install.
-
-    Raises:
-        SetupError: It failed; pip has said why.
-    """
+    """Run pip install; raise SetupError if that fails, after pip has said why."""
     try:
-        run([str(python), '-m', 'pip', 'install', '--disable-pip-version-check', *arguments])
+        run(python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments)
     except subprocess.CalledProcessError as error:
         raise SetupError('pip failed, see above; docs/install.md lists known causes') from error
 
 
 def check_python() -> None:
-    """Refuse a Python that cannot create the environment.
-
-    Raises:
-        SetupError: It is too old or too new, or cannot make virtual environments.
-    """
+    """Raise SetupError for a Python that is too old, too new, or cannot make environments."""
     version = sys.version_info[:2]
     if not MIN_PYTHON <= version <= MAX_PYTHON:
         raise SetupError(
@@ -77,11 +69,7 @@ def check_python() -> None:
 
 
 def check_disk(folder: Path) -> None:
-    """Refuse to start if the disk is too full.
-
-    Raises:
-        SetupError: Less than :data:`NEEDED_GB` are free.
-    """
+    """Raise SetupError if less than :data:`NEEDED_GB` are free."""
     free = shutil.disk_usage(folder).free / 1e9
     if free < NEEDED_GB:
         raise SetupError(f'{free:.1f} GB are free in {folder}, about {NEEDED_GB} GB are needed')
@@ -101,8 +89,7 @@ def works(python: Path) -> bool:
 def working_environment(family: str | None) -> tuple[Path, str] | None:
     """The Python of an active environment, or this one, and its family, if mmsvit works in it.
 
-    Args:
-        family: The releases that it must have; None for either.
+    If ``family`` is not None, it must have these releases.
     """
     folder = os.environ.get('VIRTUAL_ENV') or os.environ.get('CONDA_PREFIX')
     python = Path(folder, 'bin', 'python') if folder else Path(sys.executable)
@@ -117,14 +104,14 @@ def working_environment(family: str | None) -> tuple[Path, str] | None:
 
 def read_requirements(family: str) -> tuple[list[str], str]:
     """The pins of a family: all but mmcv's, and mmcv's."""
-    lines = (ROOT / REQUIREMENTS[family]).read_text().splitlines()
-    pins = [line.strip() for line in lines if line.strip() and not line.startswith('#')]
+    lines = map(str.strip, (ROOT / REQUIREMENTS[family]).read_text().splitlines())
+    pins = [line for line in lines if line and not line.startswith('#')]
     mmcv = next(pin for pin in pins if re.match(r'(onedl-)?mmcv==', pin))
     return [pin for pin in pins if pin != mmcv], mmcv
 
 
 def describe_torch(python: Path) -> dict:
-    """What decides how mmcv is built, asked from the torch in an environment."""
+    """Ask an environment's torch what decides how mmcv is built; raise SetupError without torch."""
     code = (
         'import json, platform, sys, torch; from torch.utils import cpp_extension; '
         'print(json.dumps(dict(torch=torch.__version__, cuda=torch.version.cuda, '
@@ -161,13 +148,8 @@ def obstacle_to_build(torch: dict, with_cuda: bool) -> str | None:
 
 
 def build_mmcv(python: Path, mmcv: str, folder: Path, torch: dict, with_cuda: bool) -> None:
-    """Build a wheel of mmcv with compiled ops into ``folder``, showing the progress.
-
-    Raises:
-        SetupError: There is no compiler, or the build failed.
-    """
-    obstacle = obstacle_to_build(torch, with_cuda)
-    if obstacle is not None:
+    """Build a wheel of mmcv into ``folder``, showing progress; raise SetupError if that fails."""
+    if obstacle := obstacle_to_build(torch, with_cuda):
         raise SetupError(obstacle)
     jobs = os.environ.get('MAX_JOBS', str(os.cpu_count() or 1))
     env = dict(
@@ -179,35 +161,31 @@ def build_mmcv(python: Path, mmcv: str, folder: Path, torch: dict, with_cuda: bo
         CFLAGS=os.environ.get('CFLAGS', '-g0 -O2'),
         PATH=f'{python.parent}{os.pathsep}{os.environ["PATH"]}',  # where ninja is
     )
-    say(
-        f'building {mmcv} with {"CUDA" if with_cuda else "CPU"} ops, {jobs} jobs; 5 to 30 minutes, once'
-    )
+    kind = 'CUDA' if with_cuda else 'CPU'
+    say(f'building {mmcv} with {kind} ops, {jobs} jobs; 5 to 30 minutes, once')
     folder.mkdir(parents=True, exist_ok=True)
     log_file = folder / 'build.log'
     # Unlike pip's cache, the folder tells builds for different versions of torch apart.
     command = [str(python), '-m', 'pip', 'wheel', '-v', '--no-build-isolation', '--no-deps']
     command += ['--no-cache-dir', '--no-binary', ':all:', '-w', str(folder), mmcv]
-    with log_file.open('w') as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-        )
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with log_file.open('w') as log, subprocess.Popen(command, **pipe, env=env) as process:
         shown = ''
         for line in process.stdout:
             log.write(line)
             step = re.match(r'\s*\[(\d+)/(\d+)\]', line)
             if step:
-                shown = f'  mmcv: {step.group(1)} of {step.group(2)} files compiled'
+                shown = f'  mmcv: {step[1]} of {step[2]} files compiled'
                 # A terminal gets one line that counts, a log file a line now and then.
                 if sys.stderr.isatty():
-                    sys.stderr.write(f'\r{shown}')
-                    sys.stderr.flush()
-                elif int(step.group(1)) % 10 == 0:
+                    print(f'\r{shown}', end='', file=sys.stderr, flush=True)
+                elif int(step[1]) % 10 == 0:
                     say(shown)
         if shown and sys.stderr.isatty():
             say('')
-        if process.wait() != 0:
-            tail = ''.join(log_file.read_text().splitlines(keepends=True)[-15:])
-            raise SetupError(f'building {mmcv} failed:\n{tail}\nThe whole log: {log_file}')
+    if process.returncode != 0:
+        tail = ''.join(log_file.read_text().splitlines(keepends=True)[-15:])
+        raise SetupError(f'building {mmcv} failed:\n{tail}\nThe whole log: {log_file}')
 
 
 def try_nms(
@@ -230,17 +208,10 @@ def try_nms(
 
 
 def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
-    """Install mmcv and see that its ops run.
+    """Install mmcv, of which ``mmcv`` is the pin; raise SetupError if its ops do not run then.
 
-    Args:
-        python: Of the environment.
-        mmcv: The pin.
-        ops: ``'build'`` compiles them or takes a wheel built before; ``'torchvision'``
-            installs mmcv's Python files alone, for mmsvit's stand-in; ``'auto'`` compiles
-            where there is a compiler.
-
-    Raises:
-        SetupError: The ops do not run although they were just installed.
+    As ``ops``, ``'build'`` compiles them or takes a wheel built before; ``'torchvision'`` installs
+    mmcv's Python files alone, for mmsvit's stand-in; ``'auto'`` compiles where there is a compiler.
     """
     name, version = mmcv.split('==')
     torch = describe_torch(python)
@@ -254,7 +225,15 @@ def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
         ops = 'build' if obstacle is None else 'torchvision'
         say(f'mmcv ops: {ops} ({obstacle or ("built before" if built else "there is a compiler")})')
     if ops == 'torchvision':
-        install_pure_mmcv(python, name, version)
+        pure = 'mmcv-lite' if name == 'mmcv' else name  # OpenMMLab has a release without ops.
+        run(python, '-m', 'pip', 'uninstall', '--quiet', '--yes', name, pure)
+        # The onedl release always builds its ops if it finds torch: pip's isolation hides it.
+        install(python, '--quiet', '--no-deps', '--no-cache-dir', f'{pure}=={version}')
+        result = try_nms(python, pure, version, 'cpu', compiled=False)
+        if result.returncode != 0:
+            raise SetupError(
+                f"torchvision's kernels do not run in place of mmcv's:\n{result.stderr}"
+            )
         return
     if try_nms(python, name, version, device, compiled=True).returncode == 0:
         return
@@ -275,27 +254,8 @@ def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
     raise SetupError(f"mmcv's ops do not run although they were built just now:\n{result.stderr}")
 
 
-def install_pure_mmcv(python: Path, name: str, version: str) -> None:
-    """Install the Python files of mmcv, whose ops torchvision's kernels then stand in for.
-
-    Raises:
-        SetupError: They do not run.
-    """
-    pure = 'mmcv-lite' if name == 'mmcv' else name  # OpenMMLab has a release without ops.
-    run([str(python), '-m', 'pip', 'uninstall', '--quiet', '--yes', name, pure])
-    # The onedl release always builds its ops if it finds torch: pip's isolation hides it.
-    install(python, '--quiet', '--no-deps', '--no-cache-dir', f'{pure}=={version}')
-    result = try_nms(python, pure, version, 'cpu', compiled=False)
-    if result.returncode != 0:
-        raise SetupError(f"torchvision's kernels do not run in place of mmcv's:\n{result.stderr}")
-
-
 def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
-    """Make the environment ``venv`` or bring it up to date.
-
-    Returns:
-        Its Python.
-    """
+    """Make the environment ``venv`` or bring it up to date, and return its Python."""
     python = venv / 'bin' / 'python'
     files = [REQUIREMENTS[family], CONSTRAINTS[family], DEV_REQUIREMENTS, 'setup.py']
     contents = [(ROOT / file).read_text() for file in files]
@@ -319,7 +279,7 @@ def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
         check_python()
         check_disk(venv.parent)
         say(f'making {venv}')
-        run([sys.executable, '-m', 'venv', str(venv)])
+        run(Path(sys.executable), '-m', 'venv', str(venv))
     stamp.write_text(json.dumps(dict(family=family, finished=False)))
     pins, mmcv = read_requirements(family)
     install(python, '-c', CONSTRAINTS[family], *pins)
@@ -327,7 +287,7 @@ def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
     if dev:
         install(python, '-c', CONSTRAINTS[family], '-r', DEV_REQUIREMENTS)
     install(python, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
-    run([str(python), '-m', 'mmsvit.check_env'])
+    run(python, '-m', 'mmsvit.check_env')
     stamp.write_text(json.dumps(wanted))
     return python
 
@@ -336,9 +296,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        '--family', choices=sorted(REQUIREMENTS), help='releases to install (onedl)'
-    )
+    parser.add_argument('--family', choices=[*REQUIREMENTS], help='releases to install (onedl)')
     parser.add_argument('--venv', type=Path, help='folder of the environment')
     parser.add_argument('--dev', action='store_true', help=f'also install {DEV_REQUIREMENTS}')
     parser.add_argument(
@@ -353,9 +311,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        there = None
-        if args.venv is None and args.ops == 'auto':
-            there = working_environment(args.family)
+        anywhere = args.venv is None and args.ops == 'auto'
+        there = working_environment(args.family) if anywhere else None
         if there is not None:
             python, family = there
             say(f'using the environment of {python}, which works')

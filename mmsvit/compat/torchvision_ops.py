@@ -1,13 +1,15 @@
 """mmcv's compiled operations by torchvision and torch, where mmcv was installed without them.
 
 This file is imported under the name ``mmcv._ext`` (see ``mmcv_ext.py``), so the functions
-have the names and the calling conventions of mmcv's extension, results written into given
-tensors included. What is not here raises on use.
+have the names and take the arguments of mmcv's extension, as mmcv gives them: most by
+position, the sizes of a convolution by name, and tensors to write results into. What is not
+here raises on use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -81,22 +83,20 @@ def softnms(
         else:
             weight = torch.exp(-iou * iou / sigma)
         scores[rest] *= weight
-        rest = torch.tensor(
-            _drop(rest.tolist(), (scores[rest] < min_score).tolist()), dtype=torch.int64
-        )
+        rest = _drop(rest, scores[rest] < min_score)
     return torch.stack(kept) if kept else torch.empty(0, dtype=torch.int64)
 
 
-def _drop(items: list[int], dropped: list[bool]) -> list[int]:
-    """Remove items by putting the last in their place, as mmcv does."""
-    pairs, i = list(zip(items, dropped)), 0
+def _drop(items: Tensor, dropped: Tensor) -> Tensor:
+    """Remove items ``(N,)`` by putting the last in their place, as mmcv does."""
+    pairs, i = list(zip(items.tolist(), dropped.tolist())), 0
     while i < len(pairs):
         if pairs[i][1]:
             pairs[i] = pairs[-1]
             pairs.pop()
         else:
             i += 1
-    return [item for item, _ in pairs]
+    return torch.tensor([item for item, _ in pairs], dtype=items.dtype)
 
 
 def _require_average(pool_mode: int) -> None:
@@ -121,11 +121,9 @@ def roi_align_forward(
 ) -> None:
     """Pool RoIs ``(K, 5)`` of a map ``(N, C, H, W)`` into ``output``, whatever its layout in memory."""
     _require_average(pool_mode)
-    size = (aligned_height, aligned_width)
-    rois = rois.to(input.dtype)
-    output.copy_(
-        torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
-    )
+    size, rois = (aligned_height, aligned_width), rois.to(input.dtype)
+    pooled = torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
+    output.copy_(pooled)
 
 
 def roi_align_backward(
@@ -143,18 +141,20 @@ def roi_align_backward(
 ) -> None:
     """Write the gradient for the map into ``grad_input``."""
     _require_average(pool_mode)
-    grad_input.copy_(
-        torch.ops.torchvision._roi_align_backward(
-            grad_output,
-            rois.to(grad_output.dtype),
-            spatial_scale,
-            aligned_height,
-            aligned_width,
-            *grad_input.shape,
-            sampling_ratio,
-            aligned,
-        )
-    )
+    rois, backward = rois.to(grad_output.dtype), torch.ops.torchvision._roi_align_backward
+    sizes = (spatial_scale, aligned_height, aligned_width, *grad_input.shape)
+    grad_input.copy_(backward(grad_output, rois, *sizes, sampling_ratio, aligned))
+
+
+def _write_gradients(
+    targets: Sequence[Tensor], function: Callable, tensors: Sequence[Tensor], grad: Tensor
+) -> None:
+    """Write the gradients of a function for these tensors into ``targets``, by computing it again."""
+    with torch.enable_grad():
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        grads = torch.autograd.grad(function(*tensors), tensors, grad)
+    for target, one in zip(targets, grads):
+        target.copy_(one)
 
 
 def _sigmoid_focal_loss(
@@ -177,97 +177,59 @@ def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Write the derivative of each element of the loss into ``grad_input``."""
-    with torch.enable_grad():
-        input = input.detach().requires_grad_()
-        loss = _sigmoid_focal_loss(input, target, weight, gamma, alpha).sum()
-        grad_input.copy_(torch.autograd.grad(loss, input)[0])
+
+    def loss(x: Tensor) -> Tensor:
+        return _sigmoid_focal_loss(x, target, weight, gamma, alpha)
+
+    _write_gradients([grad_input], loss, [input], torch.ones_like(input))
 
 
 def ms_deform_attn_forward(
-    value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
+    value: Tensor, shapes: Tensor, starts: Tensor, places: Tensor, weights: Tensor, im2col_step: int
 ) -> Tensor:
     """Multi-scale deformable attention by mmcv's own PyTorch form of it."""
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    return multi_scale_deformable_attn_pytorch(
-        value, value_spatial_shapes, sampling_locations, attention_weights
-    )
+    return multi_scale_deformable_attn_pytorch(value, shapes, places, weights)
 
 
 def ms_deform_attn_backward(
     value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
+    shapes: Tensor,
+    starts: Tensor,
+    places: Tensor,
+    weights: Tensor,
     grad_output: Tensor,
-    grad_value: Tensor,
-    grad_sampling_loc: Tensor,
-    grad_attn_weight: Tensor,
+    *targets: Tensor,
     im2col_step: int,
 ) -> None:
-    """Write the gradients, by computing the forward pass again."""
-    with torch.enable_grad():
-        inputs = [
-            tensor.detach().requires_grad_()
-            for tensor in (value, sampling_locations, attention_weights)
-        ]
-        output = ms_deform_attn_forward(
-            inputs[0],
-            value_spatial_shapes,
-            value_level_start_index,
-            inputs[1],
-            inputs[2],
-            im2col_step,
-        )
-        grads = torch.autograd.grad(output, inputs, grad_output)
-    for target, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads):
-        target.copy_(grad)
+    """Write the gradients for value, places and weights."""
+
+    def attend(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn_forward(value, shapes, starts, places, weights, im2col_step)
+
+    _write_gradients(targets, attend, [value, places, weights], grad_output)
 
 
-def _deform_conv(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offset: Tensor,
-    mask: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
-    # torchvision reads the groups off the shapes.
-    return torchvision.ops.deform_conv2d(
-        input, offset, weight, bias, stride, padding, dilation, mask
-    )
+_PLAIN = dict(stride=('dH', 'dW'), padding=('padH', 'padW'), dilation=('dilationH', 'dilationW'))
+_MODULATED = dict(
+    stride=('stride_h', 'stride_w'),
+    padding=('pad_h', 'pad_w'),
+    dilation=('dilation_h', 'dilation_w'),
+)
+
+
+def _deform_conv(names: dict[str, tuple[str, str]], sizes: dict[str, int]) -> Callable[..., Tensor]:
+    """The convolution of torchvision with mmcv's sizes. It reads kernel and groups off the shapes."""
+    settings = {key: (sizes[h], sizes[w]) for key, (h, w) in names.items()}
+    return partial(torchvision.ops.deform_conv2d, **settings)
 
 
 def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, *buffers: Tensor, **sizes: int
 ) -> None:
     """Deformable convolution, written into ``output``."""
-    place = ((dH, dW), (padH, padW), (dilationH, dilationW))
-    output.copy_(_deform_conv(input, weight, None, offset, None, *place))
+    output.copy_(_deform_conv(_PLAIN, sizes)(input, offset, weight))
 
 
 def deform_conv_backward_input(
@@ -277,27 +239,12 @@ def deform_conv_backward_input(
     grad_input: Tensor,
     grad_offset: Tensor,
     weight: Tensor,
-    columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    *buffers: Tensor,
+    **sizes: int,
 ) -> None:
     """Write the gradients for map and offsets."""
-    place = ((dH, dW), (padH, padW), (dilationH, dilationW))
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (input, offset)]
-        output = _deform_conv(inputs[0], weight.detach(), None, inputs[1], None, *place)
-        grads = torch.autograd.grad(output, inputs, grad_output)
-    grad_input.copy_(grads[0])
-    grad_offset.copy_(grads[1])
+    conv = partial(_deform_conv(_PLAIN, sizes), weight=weight.detach())
+    _write_gradients([grad_input, grad_offset], conv, [input, offset], grad_output)
 
 
 def deform_conv_backward_parameters(
@@ -305,28 +252,15 @@ def deform_conv_backward_parameters(
     offset: Tensor,
     grad_output: Tensor,
     grad_weight: Tensor,
-    columns: Tensor,
-    ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
+    *buffers: Tensor,
     scale: float,
-    im2col_step: int,
+    **sizes: int,
 ) -> None:
     """Add ``scale`` times the gradient for the weights."""
-    place = ((dH, dW), (padH, padW), (dilationH, dilationW))
-    with torch.enable_grad():
-        # The convolution is linear in its weights: any will do to differentiate by them.
-        weight = torch.zeros_like(grad_weight).requires_grad_()
-        output = _deform_conv(input.detach(), weight, None, offset.detach(), None, *place)
-        (grad,) = torch.autograd.grad(output, weight, grad_output)
+    conv = partial(_deform_conv(_PLAIN, sizes), input.detach(), offset.detach())
+    # The convolution is linear in its weights: any will do to differentiate by them.
+    grad = torch.zeros_like(grad_weight)
+    _write_gradients([grad], conv, [grad], grad_output)
     grad_weight.add_(grad, alpha=scale)
 
 
@@ -339,21 +273,12 @@ def modulated_deform_conv_forward(
     mask: Tensor,
     output: Tensor,
     columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **sizes: int,
 ) -> None:
     """Modulated deformable convolution, written into ``output``."""
-    place = ((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
-    output.copy_(_deform_conv(input, weight, bias if with_bias else None, offset, mask, *place))
+    conv = _deform_conv(_MODULATED, sizes)
+    output.copy_(conv(input, offset, weight, bias if with_bias else None, mask=mask))
 
 
 def modulated_deform_conv_backward(
@@ -370,26 +295,15 @@ def modulated_deform_conv_backward(
     grad_offset: Tensor,
     grad_mask: Tensor,
     grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **sizes: int,
 ) -> None:
     """Write all gradients."""
-    place = ((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w))
-    tensors = (input, weight, offset, mask) + ((bias,) if with_bias else ())
-    targets = [grad_input, grad_weight, grad_offset, grad_mask]
-    targets += [grad_bias] if with_bias else []
-    with torch.enable_grad():
-        x, w, o, m, *b = inputs = [tensor.detach().requires_grad_() for tensor in tensors]
-        output = _deform_conv(x, w, b[0] if b else None, o, m, *place)
-        grads = torch.autograd.grad(output, inputs, grad_output)
-    for target, grad in zip(targets, grads):
-        target.copy_(grad)
+    conv = _deform_conv(_MODULATED, sizes)
+    targets = [grad_input, grad_offset, grad_weight, grad_mask, grad_bias]
+    tensors = [input, offset, weight, mask, *([bias] if with_bias else [])]
+
+    def convolve(x: Tensor, o: Tensor, w: Tensor, m: Tensor, b: Tensor | None = None) -> Tensor:
+        return conv(x, o, w, b, mask=m)
+
+    _write_gradients(targets, convolve, tensors, grad_output)

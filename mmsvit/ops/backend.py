@@ -34,15 +34,19 @@ def is_interpreted() -> bool:
     return os.environ.get('TRITON_INTERPRET') == '1'
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps Triton from computing on ``device`` in ``dtype``; None if nothing does."""
+def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps a backend from computing on ``device`` in ``dtype``; None if nothing does."""
+    if name == 'cpu' and device.type != 'cpu':
+        return f'the tensors are on {device.type}'
+    if name != 'triton':
+        return None
     if device.type != 'cuda' and not is_interpreted():
         return f'Triton needs a CUDA device, and the tensors are on {device.type}'
     if dtype not in TRITON_DTYPES:
         return f'the Triton kernels compute in float32, float16 and bfloat16, not in {dtype}'
     if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
-        name = torch.cuda.get_device_name(device)
-        return f'the Triton kernels need compute capability 8.0 or more, and {name} has less'
+        gpu = torch.cuda.get_device_name(device)
+        return f'the Triton kernels need compute capability 8.0 or more, and {gpu} has less'
     try:
         from . import triton_backend
 
@@ -50,15 +54,6 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
             triton_backend.check_driver()
     except Exception as error:  # Whatever a missing package, compiler or header raises.
         return f'Triton does not work here ({type(error).__name__}: {error})'
-    return None
-
-
-def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps a backend from computing on ``device`` in ``dtype``; None if nothing does."""
-    if name == 'triton':
-        return _why_not_triton(device, dtype)
-    if name == 'cpu' and device.type != 'cpu':
-        return f'the tensors are on {device.type}'
     return None
 
 
@@ -78,12 +73,10 @@ def _choose(wanted: str, source: str, device: torch.device, dtype: torch.dtype) 
     elif device.type != 'cuda':
         choice = 'torch', f'the tensors are on {device.type}'
     elif not PROVEN_ON_CUDA:
-        choice = (
-            'torch',
-            f'the Triton kernels have not been tested on a GPU; {VARIABLE}=triton tries',
-        )
+        reason = f'the Triton kernels have not been tested on a GPU; {VARIABLE}=triton tries'
+        choice = 'torch', reason
     else:
-        obstacle = _why_not_triton(device, dtype)
+        obstacle = _why_not('triton', device, dtype)
         choice = ('torch', obstacle) if obstacle else ('triton', f'{dtype} on {device.type}')
     print_log('backend {}: {}'.format(*choice), logger='current', level=logging.DEBUG)
     return choice

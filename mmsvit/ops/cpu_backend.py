@@ -38,9 +38,8 @@ def _pieces(
         yield slice(first, last), slice(first, last + 2), slice(first * h, min(last * h, height))
 
 
-def _pad_grid(super_tokens: Tensor) -> Tensor:
-    """(N, Gh, Gw, C) -> (N, Gh + 2, Gw + 2, C): with the zero vectors outside the grid."""
-    return F.pad(super_tokens, (0, 0, 1, 1, 1, 1))
+# F.pad adds the zero vectors outside the grid: (N, Gh, Gw, C) -> (N, Gh + 2, Gw + 2, C).
+_BORDER = (0, 0, 1, 1, 1, 1)
 
 
 def _gather_neighbours(padded: Tensor) -> Tensor:
@@ -68,17 +67,6 @@ def _join_cells(cells: Tensor, super_token_size: Sequence[int], tokens: Tensor) 
         tokens.copy_(cells[:, : tokens.shape[1], : tokens.shape[2]])
 
 
-def _means(tokens: Tensor, super_token_size: Sequence[int]) -> Tensor:
-    """(N, H, W, C) -> (N, Gh, Gw, C), counting the padding."""
-    means = F.avg_pool2d(
-        tokens.permute(0, 3, 1, 2),
-        list(super_token_size),
-        ceil_mode=True,
-        divisor_override=super_token_size[0] * super_token_size[1],
-    )
-    return means.permute(0, 2, 3, 1)
-
-
 def sample(
     tokens: Tensor, super_token_size: Sequence[int], num_iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,9 +74,11 @@ def sample(
     with without_autocast(tokens.device):
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         pieces = list(_pieces(tokens.shape, super_token_size, dtype.itemsize))
-        super_tokens = _means(tokens.to(dtype), super_token_size)
+        maps, (h, w) = tokens.to(dtype).permute(0, 3, 1, 2), super_token_size
+        means = F.avg_pool2d(maps, (h, w), ceil_mode=True, divisor_override=h * w)
+        super_tokens = means.permute(0, 2, 3, 1)
         for _ in range(num_iters):
-            padded = _pad_grid(super_tokens * tokens.shape[3] ** -0.5)
+            padded = F.pad(super_tokens * tokens.shape[3] ** -0.5, _BORDER)
             sums, masses = torch.zeros_like(padded), torch.zeros_like(padded[..., :1])
             parts = []
             for _, halo, rows in pieces:
@@ -134,7 +124,7 @@ def distribute(
         super_tokens = super_tokens.to(dtype)
         if mass is not None:
             super_tokens = super_tokens / (mass + EPS)
-        padded = _pad_grid(super_tokens)
+        padded = F.pad(super_tokens, _BORDER)
         for grid_rows, halo, rows in _pieces(tokens.shape, super_token_size, dtype.itemsize):
             neighbours = _gather_neighbours(padded[:, halo])
             cells = association[:, grid_rows].transpose(-1, -2) @ neighbours

@@ -11,9 +11,7 @@ PIECE_BYTES = 2**21
 def rows_in_cache(row_bytes: int, at_least_bytes: int = 0) -> int:
     """How many rows to work on at a time if ``row_bytes`` are held for each of them meanwhile.
 
-    Args:
-        row_bytes: Bytes for one row.
-        at_least_bytes: What a piece may have in any case.
+    A piece may have ``at_least_bytes`` in any case.
     """
     budget = max(PIECE_BYTES * torch.get_num_threads(), at_least_bytes)
     return max(1, budget // max(row_bytes, 1))  # Of an empty batch, a row has no bytes.

@@ -40,9 +40,7 @@ def conv_ffn(
     # Computing the hidden map again pays only where it does not fit into the cache.
     in_one_piece = differentiable and _rows_of_a_piece(x, weights[0]) >= x.shape[1]
     if in_one_piece or _is_half(x, weights[2]):
-        return torch_backend.conv_ffn(
-            x, fc1, act, dwconv, fc2, drop, residual, add_conv=add_depthwise_conv
-        )
+        return torch_backend.conv_ffn(x, fc1, act, dwconv, fc2, drop, residual, add_depthwise_conv)
     parameters = (*weights[:2], _add_identity(weights[2]), *weights[3:])
     if differentiable:
         output = _ByRows.apply(x, *parameters)
@@ -107,17 +105,10 @@ class _ByRows(torch.autograd.Function):
 
 
 def _gradients(
-    needed: Sequence[bool],
-    grad: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    kernel: Tensor,
-    bias: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    needed: Sequence[bool], grad: Tensor, x: Tensor, *parameters: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of those of ``x`` and the parameters that need one."""
+    w1, b1, kernel, bias, w2, _ = parameters
     height, width = x.shape[1:3]
     dims = w1.shape[0]
     rows = min(_rows_of_a_piece(x, w1), height)
@@ -127,7 +118,7 @@ def _gradients(
     convolved_grad = x.new_empty(1, rows, width, dims)
     totals = [
         torch.zeros_like(tensor) if wanted else None
-        for tensor, wanted in zip((x, w1, b1, kernel, bias, w2, b2), needed)
+        for tensor, wanted in zip((x, *parameters), needed)
     ]
     x_total, w1_total, b1_total, kernel_total, bias_total, w2_total, b2_total = totals
     for n in range(x.shape[0]):
@@ -177,17 +168,9 @@ def _gradients(
     return tuple(totals)
 
 
-def _infer_by_rows(
-    x: Tensor,
-    output: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    kernel: Tensor,
-    bias: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-) -> None:
+def _infer_by_rows(x: Tensor, output: Tensor, *parameters: Tensor) -> None:
     """Write the result for ``x`` of (N, H, W, C) into ``output``, or add it if that is ``x``."""
+    w1, b1, kernel, bias, w2, b2 = parameters
     height, width = x.shape[1:3]
     rows = min(_rows_of_a_piece(x, w1), height)
     # A row above those that are worked on and one below.

@@ -116,9 +116,10 @@ def _gradient_of_tokens(ctx, grad):
     return distribute(association, grad, mass, ctx.super_token_size, ctx.token_shape, ctx.backend)
 
 
-def _gradient_of_super_tokens(ctx, grad):
+def _backward_of_distribute(ctx, grad):
     association, mass = ctx.saved_tensors
-    return aggregate(association, grad, mass, ctx.super_token_size, ctx.backend)
+    gradient = aggregate(association, grad, mass, ctx.super_token_size, ctx.backend)
+    return None, gradient, None, None, None, None
 
 
 sample.register_autograd(
@@ -129,10 +130,7 @@ aggregate.register_autograd(
     lambda ctx, grad: (None, _gradient_of_tokens(ctx, grad), None, None, None),
     setup_context=_setup_aggregate,
 )
-distribute.register_autograd(
-    lambda ctx, grad: (None, _gradient_of_super_tokens(ctx, grad), None, None, None, None),
-    setup_context=_setup_distribute,
-)
+distribute.register_autograd(_backward_of_distribute, setup_context=_setup_distribute)
 
 
 def _product_flops(association_shape: Sequence[int], channels: int) -> int:

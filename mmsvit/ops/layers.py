@@ -42,14 +42,10 @@ def conv_ffn(
     Raises:
         ValueError, RuntimeError: See :func:`choose_backend`.
     """
-    chosen = backend_for(x, backend)
-    if (
-        dwconv is None
-        or chosen is torch_backend
-        or not all(map(is_standard, (fc1, act, dwconv, fc2, drop)))
-    ):
-        return torch_backend.conv_ffn(x, fc1, act, dwconv, fc2, drop, residual)
-    return chosen.conv_ffn(x, fc1, act, dwconv, fc2, drop, residual)
+    chosen, layers = backend_for(x, backend), (fc1, act, dwconv, fc2, drop)
+    if chosen is not torch_backend and not all(map(is_standard, layers)):
+        chosen = torch_backend
+    return chosen.conv_ffn(x, *layers, residual)
 
 
 def add_depthwise_conv(x: Tensor, conv: nn.Module, backend: str = 'auto') -> Tensor:
@@ -81,8 +77,6 @@ def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor, backend: str = 'auto') 
 def channels_first(x: Tensor, backend: str = 'auto') -> Tensor:
     """The contiguous map that necks and heads expect, ``(N, H, W, C)`` to ``(N, C, H, W)``.
 
-    Args:
-        x: ``(N, H, W, C)``.
-        backend: See :func:`choose_backend`.
+    See :func:`choose_backend` for ``backend``.
     """
     return backend_for(x, backend).channels_first(x)

@@ -12,19 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 # Compared at every call: somebody may replace these methods later, for all layers of a class.
-_FORWARDS: dict[type, Callable] = {
-    kind: kind.forward for kind in (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)
-}
+_KINDS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)
+_FORWARDS: dict[type, Callable] = {kind: kind.forward for kind in _KINDS}
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or torch_module._has_any_global_hook()
-    )
+    before, after = layer._forward_pre_hooks, layer._forward_hooks
+    backward = layer._backward_pre_hooks or layer._backward_hooks
+    return bool(before or after or backward or torch_module._has_any_global_hook())
 
 
 def _has_standard_settings(layer: nn.Module) -> bool:

@@ -57,12 +57,8 @@ def sample(
             f'{super_token_size} and {num_iters}'
         )
     if is_exporting():
-        super_tokens, association, _ = torch_backend.sample(tokens, super_token_size, num_iters)
-    else:
-        super_tokens, association, _ = custom_ops.sample(
-            tokens, super_token_size, num_iters, backend
-        )
-    return super_tokens, association
+        return torch_backend.sample(tokens, super_token_size, num_iters)[:2]
+    return custom_ops.sample(tokens, super_token_size, num_iters, backend)[:2]
 
 
 def distribute(
@@ -103,10 +99,7 @@ def distribute(
             f'and as many super tokens, found {tuple(association.shape)} and super tokens of shape '
             f'{tuple(super_tokens.shape)}'
         )
+    arguments = (association, super_tokens, None, super_token_size, token_shape)
     if is_exporting():
-        return torch_backend.distribute(
-            association, super_tokens, None, super_token_size, token_shape
-        )
-    return custom_ops.distribute(
-        association, super_tokens, None, super_token_size, token_shape, backend
-    )
+        return torch_backend.distribute(*arguments)
+    return custom_ops.distribute(*arguments, backend)

@@ -103,9 +103,8 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmsvit.ops.custom_ops.sample`."""
     with without_autocast(tokens.device):
-        cells = split_into_cells(
-            tokens, super_token_size, torch.promote_types(tokens.dtype, torch.float32)
-        )
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        cells = split_into_cells(tokens, super_token_size, dtype)
         constant = cells.detach()
         super_tokens = constant.mean(dim=3)
         for _ in range(num_iters - 1):

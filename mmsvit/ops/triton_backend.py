@@ -35,7 +35,6 @@ it in two summands, each in their own type, so that tensor cores are used and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -62,7 +61,7 @@ def _product(weights, x):
 
 @triton.jit
 def _locate_tokens(
-    tile,
+    number,
     patch_y,
     patch_x,
     height,
@@ -73,15 +72,13 @@ def _locate_tokens(
     CELL_W: tl.constexpr,
     PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr,
-    TOKENS: tl.constexpr,
 ):
-    """For each token of a tile, where it is.
+    """For each token, by its number in a patch, where it is.
 
     Row and column of its cell in the patch, the number of its cell in the grid and whether
     that exists, its number in the cell, its number in the map and whether it exists there:
     others are padding.
     """
-    number = tile * TOKENS + tl.arange(0, TOKENS)
     cell = tl.minimum(number // (CELL_H * CELL_W), PATCH_H * PATCH_W - 1)
     place = number % (CELL_H * CELL_W)
     i, j = cell // PATCH_W, cell % PATCH_W
@@ -144,8 +141,9 @@ def _mean_kernel(
         channel = start + tl.arange(0, BLOCK)
         total = tl.zeros((TOKENS, BLOCK), tl.float32)
         for tile in range(tl.cdiv(CELL_H * CELL_W, TOKENS)):
+            number = tile * TOKENS + tl.arange(0, TOKENS)
             _, _, _, _, _, token, exists = _locate_tokens(
-                tile, y, x, height, width, grid_h, grid_w, CELL_H, CELL_W, 1, 1, TOKENS
+                number, y, x, height, width, grid_h, grid_w, CELL_H, CELL_W, 1, 1
             )
             total += _load_rows(tokens, token, exists, channel, CHANNELS).to(tl.float32)
         mean = tl.sum(total, axis=0) / (CELL_H * CELL_W)
@@ -192,19 +190,9 @@ def _aggregate_kernel(
     parts += program * (PATCH_H + 2) * (PATCH_W + 2) * CHANNELS
     mass_parts += program * (PATCH_H + 2) * (PATCH_W + 2)
 
+    number = tile * TOKENS + tl.arange(0, TOKENS)
     cell_i, cell_j, cell, in_grid, place, token, token_exists = _locate_tokens(
-        tile,
-        patch_y,
-        patch_x,
-        height,
-        width,
-        grid_h,
-        grid_w,
-        CELL_H,
-        CELL_W,
-        PATCH_H,
-        PATCH_W,
-        TOKENS,
+        number, patch_y, patch_x, height, width, grid_h, grid_w, CELL_H, CELL_W, PATCH_H, PATCH_W
     )
     i, j, neighbour, neighbour_exists = _locate_neighbours(
         patch_y, patch_x, grid_h, grid_w, PATCH_H, PATCH_W, NEIGHBOURS
@@ -330,19 +318,9 @@ def _distribute_kernel(
     mass += n * grid_h * grid_w
     association += n * grid_h * grid_w * 9 * CELL
 
+    number = tile * TOKENS + tl.arange(0, TOKENS)
     cell_i, cell_j, cell, in_grid, place, token, token_exists = _locate_tokens(
-        tile,
-        patch_y,
-        patch_x,
-        height,
-        width,
-        grid_h,
-        grid_w,
-        CELL_H,
-        CELL_W,
-        PATCH_H,
-        PATCH_W,
-        TOKENS,
+        number, patch_y, patch_x, height, width, grid_h, grid_w, CELL_H, CELL_W, PATCH_H, PATCH_W
     )
     i, j, neighbour, neighbour_exists = _locate_neighbours(
         patch_y, patch_x, grid_h, grid_w, PATCH_H, PATCH_W, NEIGHBOURS
@@ -372,42 +350,33 @@ def check_driver() -> None:
     triton.runtime.driver.active.get_current_target()
 
 
-class Tiling(NamedTuple):
-    """How programs share the tokens."""
+def _tiling(super_token_size: Sequence[int], channels: int, element_size: int) -> dict[str, int]:
+    """How programs share the tokens: what is compiled into the kernels.
 
-    patch: tuple[int, int]
-    """Height and width of a patch in cells."""
-    tiles: int
-    """Programs for a patch."""
-    tokens: int
-    """Tokens for a program, a power of 2."""
-    neighbours: int
-    """Super tokens around a patch, rounded up to a power of 2."""
-    block: int
-    """Channels at a time, a power of 2."""
-    num_warps: int
-
-    @classmethod
-    def of(cls, super_token_size: Sequence[int], channels: int, element_size: int) -> Tiling:
-        """Tiles of up to 32 KB: large enough to load at full width, small enough for registers."""
-        cell = super_token_size[0] * super_token_size[1]
-        block = max(next_power_of_2(channels), 16) if channels <= 256 else 128
-        most = 8192 // block
-        # Patches that fill the smallest product, of 16 super tokens, or the next one of 32.
-        candidates = [(2, 2), (1, 2)]
-        if cell <= 8 and block <= 128:
-            candidates.insert(0, (2, 4))
-        patch = next((p for p in candidates if p[0] * p[1] * cell <= most), (1, 1))
-        in_patch = patch[0] * patch[1] * cell
-        tokens = min(max(next_power_of_2(in_patch), 16), most)
-        return cls(
-            patch=patch,
-            tiles=cdiv(in_patch, tokens),
-            tokens=tokens,
-            neighbours=next_power_of_2((patch[0] + 2) * (patch[1] + 2)),
-            block=block,
-            num_warps=8 if tokens * block * element_size > 16384 else 4,
-        )
+    Tiles of up to 32 KB: large enough to load at full width, small enough for registers.
+    """
+    cell = super_token_size[0] * super_token_size[1]
+    block = max(next_power_of_2(channels), 16) if channels <= 256 else 128
+    most = 8192 // block
+    # Patches that fill the smallest product, of 16 super tokens, or the next one of 32.
+    candidates = [(2, 2), (1, 2)]
+    if cell <= 8 and block <= 128:
+        candidates.insert(0, (2, 4))
+    patch_h, patch_w = next((p for p in candidates if p[0] * p[1] * cell <= most), (1, 1))
+    in_patch = patch_h * patch_w * cell
+    tokens = min(max(next_power_of_2(in_patch), 16), most)
+    return dict(
+        CHANNELS=channels,
+        CELL_H=super_token_size[0],
+        CELL_W=super_token_size[1],
+        PATCH_H=patch_h,  # in cells
+        PATCH_W=patch_w,
+        TILES=cdiv(in_patch, tokens),  # programs for a patch
+        TOKENS=tokens,  # for a program, a power of 2
+        NEIGHBOURS=next_power_of_2((patch_h + 2) * (patch_w + 2)),  # super tokens around a patch
+        BLOCK=block,  # channels at a time, a power of 2
+        num_warps=8 if tokens * block * element_size > 16384 else 4,
+    )
 
 
 def _launchable(tensor: Tensor) -> Tensor:
@@ -435,13 +404,13 @@ def _sum_tokens(
     """
     n, height, width, channels = tokens.shape
     _, grid_h, grid_w, _, _ = association.shape
-    tiling = Tiling.of(super_token_size, channels, tokens.element_size())
-    patch_h, patch_w = tiling.patch
+    tiling = _tiling(super_token_size, channels, tokens.element_size())
+    patch_h, patch_w, tiles = (tiling[name] for name in ('PATCH_H', 'PATCH_W', 'TILES'))
     patches_h, patches_w = cdiv(grid_h, patch_h), cdiv(grid_w, patch_w)
-    all_parts = n, patches_h, patches_w, tiling.tiles, (patch_h + 2) * (patch_w + 2)
+    all_parts = n, patches_h, patches_w, tiles, (patch_h + 2) * (patch_w + 2)
     parts = association.new_empty(*all_parts, channels)
     mass_parts = association.new_empty(all_parts)
-    _aggregate_kernel[(patches_w * tiling.tiles, patches_h, n)](
+    _aggregate_kernel[(patches_w * tiles, patches_h, n)](
         tokens,
         tokens if means is None else means,
         association,
@@ -452,18 +421,9 @@ def _sum_tokens(
         grid_h,
         grid_w,
         channels**-0.5,
-        CHANNELS=channels,
-        CELL_H=super_token_size[0],
-        CELL_W=super_token_size[1],
-        PATCH_H=patch_h,
-        PATCH_W=patch_w,
-        TILES=tiling.tiles,
-        TOKENS=tiling.tokens,
-        NEIGHBOURS=tiling.neighbours,
-        BLOCK=tiling.block,
         ASSOCIATE=means is not None,
         STORE=store,
-        num_warps=tiling.num_warps,
+        **tiling,
     )
     _gather_kernel[(grid_w, grid_h, n)](
         parts,
@@ -475,11 +435,11 @@ def _sum_tokens(
         CHANNELS=channels,
         PATCH_H=patch_h,
         PATCH_W=patch_w,
-        TILES=tiling.tiles,
-        BLOCK=tiling.block,
+        TILES=tiles,
+        BLOCK=tiling['BLOCK'],
         SUM_MASS=means is not None,
         DIVIDE=mass is not None,
-        num_warps=max(tiling.block // 64, 1),
+        num_warps=max(tiling['BLOCK'] // 64, 1),
     )
 
 
@@ -495,8 +455,8 @@ def sample(
     mass = tokens.new_empty(n, grid_h, grid_w, 1, dtype=torch.float32)
     association = tokens.new_empty(n, grid_h, grid_w, 9, h * w, dtype=torch.float32)
     super_tokens = torch.empty_like(means, dtype=tokens.dtype)
-    tiling = Tiling.of(super_token_size, channels, tokens.element_size())
-    mean_tokens = min(next_power_of_2(h * w), tiling.tokens)
+    tiling = _tiling(super_token_size, channels, tokens.element_size())
+    mean_tokens, block = min(next_power_of_2(h * w), tiling['TOKENS']), tiling['BLOCK']
     with torch.cuda.device_of(tokens):
         _mean_kernel[(grid_w, grid_h, n)](
             tokens,
@@ -507,8 +467,8 @@ def sample(
             CELL_H=h,
             CELL_W=w,
             TOKENS=mean_tokens,
-            BLOCK=tiling.block,
-            num_warps=min(max(mean_tokens * tiling.block // 1024, 1), 8),
+            BLOCK=block,
+            num_warps=min(max(mean_tokens * block // 1024, 1), 8),
         )
         for _ in range(num_iters - 1):
             _sum_tokens(tokens, association, means, mass, super_token_size, means)
@@ -539,9 +499,9 @@ def distribute(
     n, grid_h, grid_w, channels = super_tokens.shape
     height, width = token_shape
     tokens = super_tokens.new_empty(n, height, width, channels)
-    tiling = Tiling.of(super_token_size, channels, tokens.element_size())
-    patch_h, patch_w = tiling.patch
-    grid = cdiv(grid_w, patch_w) * tiling.tiles, cdiv(grid_h, patch_h), n
+    tiling = _tiling(super_token_size, channels, tokens.element_size())
+    patches_h, patches_w = cdiv(grid_h, tiling['PATCH_H']), cdiv(grid_w, tiling['PATCH_W'])
+    grid = patches_w * tiling['TILES'], patches_h, n
     with torch.cuda.device_of(tokens):
         _distribute_kernel[grid](
             association.contiguous(),
@@ -552,16 +512,7 @@ def distribute(
             width,
             grid_h,
             grid_w,
-            CHANNELS=channels,
-            CELL_H=super_token_size[0],
-            CELL_W=super_token_size[1],
-            PATCH_H=patch_h,
-            PATCH_W=patch_w,
-            TILES=tiling.tiles,
-            TOKENS=tiling.tokens,
-            NEIGHBOURS=tiling.neighbours,
-            BLOCK=tiling.block,
             DIVIDE=mass is not None,
-            num_warps=tiling.num_warps,
+            **tiling,
         )
     return tokens.to(dtype)

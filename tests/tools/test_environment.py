@@ -228,6 +228,15 @@ def test_missing_pieces_have_messages(setup_env, monkeypatch, tmp_path):
         setup_env.build_mmcv(tmp_path / 'python', 'mmcv==2.1.0', tmp_path, torch, True)
 
 
+def test_a_failed_build_shows_the_end_of_its_log(setup_env, monkeypatch, tmp_path):
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\necho "[10/20] c++"\necho no such header\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setenv('CXX', sys.executable)
+    with pytest.raises(setup_env.SetupError, match=r'failed:\n\[10/20\] c\+\+\nno such header\n'):
+        setup_env.build_mmcv(python, 'mmcv==2.1.0', tmp_path / 'wheels', {}, False)
+
+
 def test_a_failed_pip_ends_in_one_sentence(setup_env):
     with pytest.raises(setup_env.SetupError, match=r'pip failed, see above; docs/install\.md'):
         setup_env.install(Path(sys.executable), '--no-index', 'no-such-package-of-mmsvit')

@@ -108,11 +108,7 @@ class NonFiniteHook(Hook):
                 p.grad = None  # The step then changes no weights or momenta.
 
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: object = None,
-        outputs: dict | None = None,
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
     ) -> None:
         """Report a step that is not finite, and stop or skip it.
 
@@ -156,19 +152,17 @@ class NonFiniteHook(Hook):
             )
 
     def _report(self, runner: Runner, losses: list[dict]) -> str:
-        terms = [
-            f'{name} {float(value):.4g}' for name, value in (_terms(losses[-1]) if losses else ())
-        ]
+        last = _terms(losses[-1]) if losses else ()
+        terms = ', '.join(f'{name} {float(value):.4g}' for name, value in last)
         norm = 'not taken' if self._norm is None else f'{self._norm:.4g}'
-        lines = [
+        return (
             f'Losses or gradients are not finite at iteration {runner.iter + 1} (epoch '
-            f'{runner.epoch + 1}).',
-            f'  images: {", ".join(_images(self._batch)) or "unknown"}',
-            f'  losses: {", ".join(terms)}',
-            f'  gradient norm: {norm}',
-            f'  first in: {_trace(runner, self._batch, self._rng)}',
-        ]
-        return '\n'.join(lines)
+            f'{runner.epoch + 1}).\n'
+            f'  images: {", ".join(_images(self._batch)) or "unknown"}\n'
+            f'  losses: {terms}\n'
+            f'  gradient norm: {norm}\n'
+            f'  first in: {_trace(runner, self._batch, self._rng)}'
+        )
 
 
 def in_accumulation(runner: Runner) -> bool:
@@ -182,10 +176,8 @@ def first_non_finite(model: nn.Module, statistics: bool = True) -> str | None:
     values: list[tuple[str, Tensor]] = [*model.named_parameters()]
     if statistics:
         values += [(name, value) for name, value in model.named_buffers() if 'running_' in name]
-    for name, value in values:
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            return name
-    return None
+    bad = (name for name, x in values if x.is_floating_point() and not x.isfinite().all())
+    return next(bad, None)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -230,8 +222,7 @@ def _rng_states() -> tuple:
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
-def _set_rng_states(states: tuple) -> None:
-    python, numpy, cpu, cuda = states
+def _set_rng_states(python: tuple, numpy: tuple, cpu: Tensor, cuda: Tensor | None) -> None:
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
@@ -257,17 +248,13 @@ def _trace(runner: Runner, batch: object, rng: tuple) -> str:
         if not bad and not all(t.isfinite().all() for t in _tensors(output)):
             bad.append(f'the output of {name} ({type(module).__name__})')
 
-    handles = [
-        module.register_forward_hook(partial(look, name))
-        for name, module in model.named_modules()
-        if name
-    ]
-    _set_rng_states(rng)
+    named = [(name, module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(partial(look, name)) for name, module in named]
+    _set_rng_states(*rng)
     try:
         model.zero_grad()
         with runner.optim_wrapper.optim_context(model):
-            data = model.data_preprocessor(batch, True)
-            losses = model._run_forward(data, mode='loss')
+            losses = model._run_forward(model.data_preprocessor(batch, True), mode='loss')
         loss, _ = model.parse_losses(losses)
         if bad:
             return bad[0]
@@ -281,7 +268,7 @@ def _trace(runner: Runner, batch: object, rng: tuple) -> str:
         for handle in handles:
             handle.remove()
         model.zero_grad()
-        _set_rng_states(before)
+        _set_rng_states(*before)
 
 
 def _first_gradient(model: nn.Module) -> str:
@@ -305,9 +292,6 @@ def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part)

@@ -43,18 +43,15 @@ class SuperTokenVisualizationHook(Hook):
             raise ValueError(
                 f'interval and val_images must be 0 or more, found {interval} and {val_images}'
             )
-        self.interval = interval
-        self.val_images = val_images
-        self.stages = stages
-        self.block = block
+        self.interval, self.val_images = interval, val_images
+        self.stages, self.block = stages, block
         self.point = AttentionPoint(*point)
         self._drawn = 0
         self._recorder: SuperTokenRecorder | None = None
 
     def _record(self, runner: Runner, max_images: int) -> SuperTokenRecorder:
-        return SuperTokenRecorder(
-            find_svit(unwrap(runner.model)), self.stages, self.block, max_images
-        )
+        svit = find_svit(unwrap(runner.model))
+        return SuperTokenRecorder(svit, self.stages, self.block, max_images)
 
     def before_run(self, runner: Runner) -> None:
         """Refuse a model that cannot be drawn.
@@ -76,8 +73,8 @@ class SuperTokenVisualizationHook(Hook):
             )
 
     def _start(self, runner: Runner, max_images: int) -> None:
-        self._recorder = self._record(runner, max_images)
-        self._recorder.__enter__()
+        if runner.rank == 0:
+            self._recorder = self._record(runner, max_images).__enter__()
 
     def _draw(self, runner: Runner, data_batch: dict | None, name: str, step: int) -> int:
         """Stop recording, draw the images and return their number."""
@@ -85,31 +82,24 @@ class SuperTokenVisualizationHook(Hook):
         if recorder is None or data_batch is None:
             return 0
         recorder.__exit__()
-        all_maps = recorder.maps()
+        inputs, all_maps = data_batch['inputs'], recorder.maps()
+        # A dict of several branches in semi-supervised training.
+        images = recorder.images if isinstance(inputs, dict) else inputs
+        preprocessor = unwrap(runner.model).data_preprocessor
         for i, maps in enumerate(all_maps):
-            inputs = data_batch['inputs']
-            # A dict of several branches in semi-supervised training.
-            images = recorder.images if isinstance(inputs, dict) else inputs
-            preprocessor = unwrap(runner.model).data_preprocessor
             image = seen_image(preprocessor, recorder.images[i], images[i].shape[-2:])
             number = '' if name == 'train' else f'_{self._drawn + i}'
             sheet = super_token_sheet(image, maps, self.point, f'{name}, step {step}')
             runner.visualizer.add_image(f'super_tokens_{name}{number}', sheet, step)
         return len(all_maps)
 
-    def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
-    ) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Start recording in a step that is to be drawn; on rank 0 only."""
-        if self.every_n_train_iters(runner, self.interval) and runner.rank == 0:
+        if self.every_n_train_iters(runner, self.interval):
             self._start(runner, 1)
 
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict | None = None,
-        outputs: dict | None = None,
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: object = None
     ) -> None:
         """Draw the first image of the step's batch."""
         self._draw(runner, data_batch, 'train', runner.iter + 1)
@@ -120,26 +110,18 @@ class SuperTokenVisualizationHook(Hook):
 
     before_test_epoch = before_val_epoch
 
-    def before_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
-    ) -> None:
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Start recording unless enough images are drawn; on rank 0 only.
 
         Not with test-time augmentation, which runs each image several times.
         """
-        if isinstance(unwrap(runner.model), BaseTTAModel):
-            return
-        if self._drawn < self.val_images and runner.rank == 0:
+        if not isinstance(unwrap(runner.model), BaseTTAModel) and self._drawn < self.val_images:
             self._start(runner, self.val_images - self._drawn)
 
     before_test_iter = before_val_iter
 
     def after_val_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict | None = None,
-        outputs: Sequence | None = None,
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None, outputs: object = None
     ) -> None:
         """Draw the images of the batch."""
         self._drawn += self._draw(runner, data_batch, 'val', runner.iter)
