@@ -8,7 +8,8 @@ they become one multiplication and addition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .. import ops
+from ..ops.standard_layers import is_watched
 
 
 class GELUAndAffine(nn.Module):
@@ -57,30 +59,77 @@ def fuse_activations_and_norms(layers: nn.Sequential, ops_backend: str = 'auto')
     return nn.Sequential(*fused)
 
 
-def check_foldable(norm: nn.Module, *layers: nn.Module) -> None:
-    """Refuse what cannot be folded, before anything is changed.
-
-    Args:
-        norm: To be folded.
-        layers: Linear layers that norms or scales are to be folded into.
+def check_layer(name: str, layer: object, *kinds: type[nn.Module]) -> None:
+    """Refuse a layer that does more than its weights say.
 
     Raises:
-        TypeError: The norm is no batch norm, or a layer is not ``nn.Linear``.
-        ValueError: The norm keeps no running statistics, so that it depends on the batch.
+        TypeError: It is of none of the classes ``kinds``; subclasses do not count.
+        ValueError: It has hooks or a patched method, which would not run any more.
     """
-    if not isinstance(norm, _BatchNorm):
-        raise TypeError(f'only batch norms can be folded, found {type(norm).__name__}')
+    if type(layer) not in kinds:
+        raise TypeError(
+            f'{name} cannot be folded: expected {" or ".join(kind.__name__ for kind in kinds)}, found '
+            f'{type(layer).__name__}. Merge adapters into their layers before switch_to_deploy'
+        )
+    if is_watched(cast(nn.Module, layer)):
+        raise ValueError(
+            f'{name} has a hook or a patched method, which would not run any more: remove it before '
+            'switch_to_deploy (pruning and weight norms have functions that make them permanent)'
+        )
+
+
+def check_linear(name: str, layer: object) -> None:
+    """Refuse a layer into which a norm or scale cannot be folded; raises as :func:`check_layer`."""
+    check_layer(name, layer, nn.Linear)
+    if cast(nn.Linear, layer).bias is None:
+        raise ValueError(f'{name} has no bias, into which to fold')
+
+
+def check_norm(name: str, norm: object) -> None:
+    """Refuse what is no batch norm with fixed statistics; raises as :func:`check_layer`."""
+    if not isinstance(norm, _BatchNorm) or type(norm).forward not in _NORM_FORWARDS:
+        raise TypeError(f'{name}: only batch norms can be folded, found {type(norm).__name__}')
+    check_layer(name, norm, type(norm))
     if norm.running_mean is None:
         raise ValueError(
-            'a batch norm without running statistics (norm_cfg.track_running_stats=False) cannot '
-            'be folded into other layers: run this model without switch_to_deploy'
+            f'{name} is a batch norm without running statistics (norm_cfg.track_running_stats='
+            'False), which depends on the batch: run this model without switch_to_deploy'
         )
-    for layer in layers:
-        if type(layer) is not nn.Linear:
-            raise TypeError(
-                f'norms and scales can be folded into nn.Linear only, found {type(layer).__name__}: '
-                'merge adapters into their layers before switch_to_deploy'
-            )
+
+
+_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def check_stem(stem: nn.Sequential) -> None:
+    """Refuse a stem whose batch norms do not all follow a GELU; raises as :func:`check_layer`."""
+    layers = list(stem)
+    for i, layer in enumerate(layers):
+        if isinstance(layer, _BatchNorm):
+            check_norm(f'stem.{i}', layer)
+            before = layers[i - 1]
+            check_layer(f'stem.{i - 1}', before, nn.GELU)
+            if cast(nn.GELU, before).approximate != 'none':
+                raise ValueError(f'stem.{i - 1} is an approximate GELU, which cannot be folded')
+
+
+def check_conv_and_norm(name: str, layers: nn.Module) -> None:
+    """Refuse what is not a convolution and a batch norm; raises as :func:`check_layer`."""
+    check_layer(name, layers, nn.Sequential)
+    if len(cast(nn.Sequential, layers)) != 2:
+        raise TypeError(f'{name} has {len(cast(nn.Sequential, layers))} layers, expected 2')
+    conv, norm = cast(nn.Sequential, layers)
+    check_layer(f'{name}.0', conv, nn.Conv2d)
+    check_norm(f'{name}.1', norm)
+
+
+def check_unshared(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse a parameter that two layers share, as it would be folded into twice.
+
+    Raises:
+        ValueError: One is shared.
+    """
+    if max(Counter(map(id, parameters)).values(), default=0) > 1:
+        raise ValueError('blocks that share layers or weights cannot be folded')
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

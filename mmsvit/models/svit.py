@@ -132,17 +132,41 @@ class SuperTokenBlock(nn.Module):
     def _add_branch(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
         branch = self.drop_path(branch if gamma is None else gamma * branch)
         # In place where nothing needs a gradient: allocating costs more than adding.
-        return add_residual(branch, x, in_place=self.deployed)
+        return add_residual(branch, x, in_place=self.deployed and not torch.is_grad_enabled())
+
+    def check_foldable(self, name: str) -> list[nn.Parameter]:
+        """Check all that :meth:`fold_into_linear` changes; return the parameters it writes into.
+
+        Raises:
+            TypeError, ValueError: It cannot be folded; see :mod:`mmsvit.models.deploy`.
+        """
+        deploy.check_norm(f'{name}.norm2', self.norm2)
+        deploy.check_layer(f'{name}.ffn', self.ffn, ConvFFN)
+        deploy.check_layer(f'{name}.drop_path', self.drop_path, DropPath, nn.Identity)
+        layers: dict[str, nn.Module | None] = {'ffn.fc1': self.ffn.fc1}
+        drops: dict[str, nn.Module | None] = {}
+        if self.gamma_1 is not None:
+            attend = getattr(self.attn, 'attend', None)
+            layers['attn.attend.proj'] = getattr(attend, 'proj', None)
+            drops['attn.attend.proj_drop'] = getattr(attend, 'proj_drop', None)
+        if self.gamma_2 is not None:
+            layers['ffn.fc2'], drops['ffn.drop'] = self.ffn.fc2, self.ffn.drop
+        for key, layer in layers.items():
+            deploy.check_linear(f'{name}.{key}', layer)
+        for key, drop in drops.items():
+            deploy.check_layer(f'{name}.{key}', drop, nn.Dropout, nn.Identity)
+        return [p for layer in layers.values() if layer is not None for p in layer.parameters()]
 
     def fold_into_linear(self) -> None:
         """Fold the batch norm and layer scale into linear layers, for good."""
         self.deployed = True
         deploy.fold_norm_into_linear(self.norm2, self.ffn.fc1)
         self.norm2 = nn.Identity()
-        if self.gamma_1 is not None and self.gamma_2 is not None:
+        if self.gamma_1 is not None:
             deploy.fold_scale_into_linear(self.attn.attend.proj, self.gamma_1)
+        if self.gamma_2 is not None:
             deploy.fold_scale_into_linear(self.ffn.fc2, self.gamma_2)
-            self.gamma_1 = self.gamma_2 = None
+        self.gamma_1 = self.gamma_2 = None
 
 
 class ConvFFN(nn.Module):
@@ -460,19 +484,25 @@ class SViT(BaseModule):
         """Change the model for good into its form for inference: faster, the same outputs.
 
         Batch norms and layer scale are folded into the layers beside them
-        (:mod:`mmsvit.models.deploy`), and sums are written into what the branches returned. Load
-        weights before; a second call does nothing.
+        (:mod:`mmsvit.models.deploy`), the FFN returns its sum with its input, and without
+        gradients sums are written into what the branches returned: a hook that keeps an output
+        clones it. Load weights before; a second call does nothing.
 
         Raises:
-            TypeError, ValueError: A layer was replaced by one that cannot be folded, or batch
-                norms keep no running statistics. Nothing is changed then.
+            TypeError, ValueError: A layer that would be folded was replaced, patched, shared or has
+                hooks, or batch norms keep no running statistics. Nothing is changed then.
         """
         if self.deployed:
             return
-        for module in self.modules():
+        deploy.check_layer('stem', self.stem, Stem)
+        deploy.check_stem(self.stem)
+        written: list[nn.Parameter] = []
+        for name, module in self.named_modules(remove_duplicate=False):
             if isinstance(module, SuperTokenBlock):
-                layers = (module.ffn.fc1, module.ffn.fc2, module.attn.attend.proj)
-                deploy.check_foldable(module.norm2, *layers)
+                written += module.check_foldable(name)
+            elif isinstance(module, Stage) and isinstance(module.downsample, nn.Sequential):
+                deploy.check_conv_and_norm(f'{name}.downsample', module.downsample)
+        deploy.check_unshared(written)
         self.stem = deploy.fuse_activations_and_norms(self.stem, self.ops_backend)
         for module in list(self.modules()):
             if isinstance(module, SuperTokenBlock):

@@ -95,8 +95,8 @@ def choose_backend(
       ``'auto'``: ``'cpu'`` for CPU tensors, ``'triton'`` for CUDA tensors where Triton works
       (once it is :data:`PROVEN_ON_CUDA`), and ``'torch'`` otherwise.
 
-    While PyTorch records a graph (torch.compile, export, tracing), layers are always
-    ``'torch'``. Each choice is logged once, at DEBUG.
+    While PyTorch records a graph (torch.compile, export, tracing) or transforms a function
+    (``torch.func``), layers are always ``'torch'``. Each choice is logged once, at DEBUG.
 
     Returns:
         ``'torch'``, ``'cpu'`` or ``'triton'``, and the reason in words.
@@ -107,7 +107,7 @@ def choose_backend(
     """
     if backend != 'auto':
         return _choose(backend, 'backend', device, dtype)
-    return _choose(os.environ.get(VARIABLE, 'auto'), VARIABLE, device, dtype)
+    return _choose(os.environ.get(VARIABLE) or 'auto', VARIABLE, device, dtype)
 
 
 def backend_for(x: Tensor, backend: str) -> ModuleType:

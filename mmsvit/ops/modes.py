@@ -6,17 +6,34 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_tracing() -> bool:
-    """Whether a graph is being recorded, for inputs of any size: torch.compile, export, tracing."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether nothing may be written in place or depend on sizes.
+
+    A graph is being recorded (torch.compile, export, tracing), or a function transform runs.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed()
 
 
-def is_exporting() -> bool:
-    """Whether the graph may hold PyTorch's own operators only: ONNX or TorchScript."""
-    return torch.jit.is_tracing() or (
-        torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+def wants_own_operators() -> bool:
+    """Whether only PyTorch's own operators will do.
+
+    ONNX and TorchScript know no others; ``torch.func`` and forward-mode differentiation would pass
+    the registered gradients by.
+    """
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch.jit.is_tracing() or _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Whether ``torch.func``, ``make_fx`` or forward-mode differentiation is at work."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )
 
 

@@ -14,12 +14,20 @@ from torch.nn.modules import module as torch_module
 # Compared at every call: somebody may replace these methods later, for all layers of a class.
 _KINDS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)
 _FORWARDS: dict[type, Callable] = {kind: kind.forward for kind in _KINDS}
+# Names that PyTorch looks up on the instance to call a layer.
+_CALLED = {'forward', '_call_impl', '_compiled_call_impl', '_conv_forward'}
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def is_watched(layer: nn.Module) -> bool:
+    """Whether a layer has hooks or a patched method of its own."""
     before, after = layer._forward_pre_hooks, layer._forward_hooks
     backward = layer._backward_pre_hooks or layer._backward_hooks
-    return bool(before or after or backward or torch_module._has_any_global_hook())
+    return bool(before or after or backward or _CALLED & vars(layer).keys())
+
+
+def _has_own_forward(kind: type[nn.Module]) -> bool:
+    """Whether nobody patched the class, before mmsvit was imported or after."""
+    return kind.forward is _FORWARDS[kind] and kind.forward.__module__ == kind.__module__
 
 
 def _has_standard_settings(layer: nn.Module) -> bool:
@@ -48,8 +56,8 @@ def is_standard(layer: nn.Module | None) -> bool:
     return (
         layer is not None
         and type(layer) in _FORWARDS
-        and type(layer).forward is _FORWARDS[type(layer)]
-        and 'forward' not in vars(layer)
-        and not _has_hooks(layer)
+        and _has_own_forward(type(layer))
+        and not is_watched(layer)
+        and not torch_module._has_any_global_hook()
         and _has_standard_settings(layer)
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import custom_ops, torch_backend
-from .modes import is_exporting
+from .modes import wants_own_operators
 
 
 def _check_map(tensor: Tensor, name: str, shape: str) -> None:
@@ -56,7 +56,7 @@ def sample(
             'super_token_size must be two whole numbers of 1 or more and num_iters 1 or more, found '
             f'{super_token_size} and {num_iters}'
         )
-    if is_exporting():
+    if wants_own_operators():
         return torch_backend.sample(tokens, super_token_size, num_iters)[:2]
     return custom_ops.sample(tokens, super_token_size, num_iters, backend)[:2]
 
@@ -100,6 +100,6 @@ def distribute(
             f'{tuple(super_tokens.shape)}'
         )
     arguments = (association, super_tokens, None, super_token_size, token_shape)
-    if is_exporting():
+    if wants_own_operators():
         return torch_backend.distribute(*arguments)
     return custom_ops.distribute(*arguments, backend)

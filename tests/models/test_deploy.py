@@ -7,6 +7,7 @@ import torch
 from conftest import GOLDEN, golden_arch, small_arch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune
 
 from mmsvit import SViT
 
@@ -92,33 +93,85 @@ def test_maps_keep_their_dtype_under_autocast(keep_graph):
     # Without layer scale: its float32 factors make float32 of what they are not folded into.
     model, dtypes = trained(out_indices=(0, 1)), []
     for _ in range(2):
-        for module in (model.stem, *model.stages):
+        hooks = [
             module.register_forward_hook(lambda *args: dtypes.append(args[-1].dtype))
+            for module in (model.stem, *model.stages)
+        ]
         with torch.autocast('cpu', torch.bfloat16), torch.set_grad_enabled(keep_graph):
             outputs = model(torch.randn(1, 3, 64, 64))
+        for hook in hooks:
+            hook.remove()
         dtypes.extend(output.dtype for output in outputs)
         model.switch_to_deploy()
     assert set(dtypes) == {torch.bfloat16}
 
 
-def put_another_norm(block):
-    block.norm2 = nn.GroupNorm(1, block.norm2.num_features)
+def double(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
-def put_an_adapter(block):
-    block.ffn.fc2 = nn.Sequential(block.ffn.fc2)
+def share_weights(model: SViT) -> None:
+    first, second = model.stages[0].blocks[0].ffn.fc1, model.stages[0].blocks[1].ffn.fc1
+    second.weight = first.weight
 
 
-@pytest.mark.parametrize('change', [put_another_norm, put_an_adapter])
-def test_a_replaced_layer_is_refused_and_nothing_is_changed(change):
+REPLACED = {
+    'another norm': lambda m, block: setattr(block, 'norm2', nn.GroupNorm(1, block.embed)),
+    'an adapter': lambda m, block: setattr(block.ffn, 'fc2', nn.Sequential(block.ffn.fc2)),
+    'another attention': lambda m, block: setattr(block, 'attn', nn.Identity()),
+    'no bias': lambda m, block: setattr(block.ffn.fc1, 'bias', None),
+    'another dropout': lambda m, block: setattr(block.ffn, 'drop', nn.AlphaDropout(0.1)),
+    'another activation': lambda m, block: m.stem.__setitem__(1, nn.ReLU()),
+    'an approximate one': lambda m, block: m.stem.__setitem__(1, nn.GELU('tanh')),
+    'another order': lambda m, block: m.stem.insert(1, m.stem.pop(2)),
+    'another down-sampling': lambda m, block: m.stages[0].downsample.append(nn.GELU()),
+    'weights in two places': lambda m, block: share_weights(m),
+    'a pruned layer': lambda m, block: prune.random_unstructured(block.ffn.fc1, 'weight', 0.5),
+    'a patched layer': lambda m, block: setattr(block.attn.attend.proj, 'forward', lambda x: x),
+    'a hook of the stem': lambda m, block: double(m.stem),
+    'a hook in the stem': lambda m, block: double(m.stem[1]),
+    'a hook of a norm': lambda m, block: double(block.norm2),
+    'a hook of the FFN': lambda m, block: double(block.ffn),
+    'a hook of drop path': lambda m, block: double(block.drop_path),
+    'a hook of down-sampling': lambda m, block: double(m.stages[0].downsample),
+    'a hook of its convolution': lambda m, block: double(m.stages[0].downsample[0]),
+}
+
+
+@pytest.mark.parametrize('what', REPLACED)
+def test_what_cannot_be_folded_is_refused_and_nothing_is_changed(what):
     model = trained()
-    change(model.stages[2].blocks[0])
-    x = torch.randn(1, 3, 64, 64)
-    expected = model(x)
-    with pytest.raises(TypeError, match=r'folded.*found (GroupNorm|Sequential)'):
+    block = model.stages[2].blocks[0]
+    block.embed = block.norm2.num_features
+    REPLACED[what](model, block)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modules = list(model.modules())
+    with pytest.raises((TypeError, ValueError), match=r'fold|hook|bias|layers, expected 2'):
         model.switch_to_deploy()
-    for one, other in zip(model(x), expected):
-        assert torch.equal(one, other)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_one_layer_scale_without_the_other_is_folded():
+    model = trained()
+    model.stages[0].blocks[0].gamma_2 = None
+    model.stages[1].blocks[0].gamma_1 = None
+    assert_deploys(model, torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize('backend', ['torch', 'cpu'])
+def test_a_deployed_model_runs_with_gradients_and_hooks(backend):
+    model = trained(ops_backend=backend)
+    model.switch_to_deploy()
+    x = torch.randn(1, 3, 97, 41)
+    with torch.no_grad():
+        expected = model(x)
+    for kind in (torch.float32, torch.bfloat16):
+        with torch.autocast('cpu', torch.bfloat16, enabled=kind != torch.float32):
+            outputs = model(x.requires_grad_())
+        torch.testing.assert_close(outputs[0].float(), expected[0], rtol=0.1, atol=0.1)
+    model.stages[0].blocks[0].attn.register_full_backward_hook(lambda *args: None)
+    model(x)[0].sum().backward()
 
 
 def test_norms_without_running_statistics_are_refused():

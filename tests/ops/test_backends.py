@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from types import MethodType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OPS_PLACES, small_arch
+from conftest import OPS_PLACES, run_python, small_arch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -174,6 +175,10 @@ def patch_instance(layer):
     layer.forward = MethodType(lambda self, x: 2 * original(x), layer)
 
 
+def patch_the_call(layer):
+    layer._call_impl = lambda x: 2 * layer.forward(x)
+
+
 def change_result_by_hook(layer):
     layer.register_forward_hook(lambda module, inputs, output: 2 * output)
 
@@ -203,6 +208,7 @@ def without_bias(layer):
 CHANGES = [
     replace_by_subclass,
     patch_instance,
+    patch_the_call,
     change_result_by_hook,
     change_input_by_hook,
     parametrize,
@@ -304,6 +310,18 @@ def test_a_class_that_was_patched_is_not_standard(monkeypatch):
     assert is_standard(layer)
     monkeypatch.setattr(nn.Linear, 'forward', lambda self, x: x)
     assert not is_standard(layer)
+
+
+def test_a_class_that_was_patched_before_is_not_standard():
+    # In another process, because mmsvit is imported after.
+    code = """
+        from torch import nn
+        original = nn.Linear.forward
+        nn.Linear.forward = lambda self, x: 2 * original(self, x)
+        from mmsvit.ops.standard_layers import is_standard
+        assert is_standard(nn.GELU()) and not is_standard(nn.Linear(2, 2))
+    """
+    run_python('-c', textwrap.dedent(code))
 
 
 def test_a_copy_of_a_layer_is_standard():

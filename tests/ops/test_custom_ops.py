@@ -15,12 +15,22 @@ from mmengine.runner import Runner
 from torch._dynamo import lookup_backend, register_backend
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import mmsvit.ops
 from mmsvit.models.super_token_attention import SuperTokenAttention
+from mmsvit.models.svit import ConvFFN
 from mmsvit.ops import backend as backend_module
-from mmsvit.ops import choose_backend, custom_ops, distribute, sample, torch_backend
+from mmsvit.ops import (
+    channels_first,
+    choose_backend,
+    conv_ffn,
+    custom_ops,
+    distribute,
+    sample,
+    torch_backend,
+)
 
 SVIT_FILE = str(Path('mmsvit') / 'models' / 'svit.py')
 CPU, CUDA = torch.device('cpu'), torch.device('cuda')
@@ -251,6 +261,44 @@ def test_exported_for_all_sizes(place, strict):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+def sample_and_distribute(tokens: torch.Tensor) -> torch.Tensor:
+    super_tokens, association = sample(tokens, (2, 3), 1)
+    return distribute(association, super_tokens**2, (2, 3), tokens.shape[1:3])
+
+
+def test_forward_mode_and_function_transforms_give_the_right_derivative():
+    tokens, direction = random(1, 5, 7, 4, dtype=torch.float64), torch.randn(1, 5, 7, 4).double()
+    leaf = tokens.clone().requires_grad_()
+    output = sample_and_distribute(leaf)
+    grad = torch.randn_like(output)
+    (expected,) = torch.autograd.grad(output, leaf, grad)
+    value, tangent = torch.func.jvp(sample_and_distribute, (tokens,), (direction,))
+    torch.testing.assert_close(value, output)
+    torch.testing.assert_close((tangent * grad).sum(), (expected * direction).sum())
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tokens, direction)
+        result = torch.autograd.forward_ad.unpack_dual(sample_and_distribute(dual))
+    torch.testing.assert_close(result.tangent, tangent)
+    _, pull_back = torch.func.vjp(sample_and_distribute, tokens)
+    torch.testing.assert_close(pull_back(grad)[0], expected)
+    maps = random(3, 1, 5, 7, 4)
+    torch.testing.assert_close(
+        torch.vmap(sample_and_distribute)(maps), torch.stack([*map(sample_and_distribute, maps)])
+    )
+
+
+def test_a_graph_recorded_for_any_batch_holds_for_another():
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        return channels_first(conv_ffn(x, *parts, residual=True), 'cpu')
+
+    ffn = ConvFFN(8, 16).eval()
+    parts = (ffn.fc1, ffn.act, ffn.dwconv, ffn.fc2, ffn.drop)
+    other = random(4, 5, 7, 8)
+    with torch.no_grad():
+        graph = make_fx(layers, tracing_mode='symbolic')(random(2, 5, 7, 8))
+        torch.testing.assert_close(graph(other), layers(other))
+
+
 def test_traced_to_operations_of_pytorch_alone():
     attention = make_attention(('torch', 'cpu'))
     tokens = random(2, 9, 14, 8)
