@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from .report import DatasetReport
@@ -18,6 +18,7 @@ def check_coco_annotations(
     content: dict,
     classes: Sequence[str] | None,
     with_mask: bool,
+    evaluated: Collection[str] = (),
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
     """Check every image, category and annotation of a file.
@@ -28,6 +29,7 @@ def check_coco_annotations(
         content: The file as read, with lists ``images``, ``categories``, ``annotations``.
         classes: Those of the config; None for all of the file.
         with_mask: Whether the pipeline loads masks, which every object then needs.
+        evaluated: What is evaluated against this file, such as ``'bbox'`` and ``'segm'``.
         progress: Wraps the loop over the annotations.
     """
     absent = [key for key in ('images', 'categories') if not content.get(key)]
@@ -53,6 +55,8 @@ def check_coco_annotations(
         image = images.get(ann.get('image_id'))
         objects[names.get(ann.get('category_id'))] += 1
         occupied.add(ann.get('image_id'))
+        for kind in evaluation_problems(ann, evaluated):
+            report.error(split, kind, _describe(ann, image))
         for level, kind in _annotation_problems(ann, image, names, with_mask):
             off += kind in (NO_AREA, OUTSIDE, REACHES_OUT)
             add = report.error if level == 'error' else report.warning
@@ -68,6 +72,38 @@ def check_coco_annotations(
     for key, image in images.items():
         if key not in occupied:
             report.warning(split, 'images without objects', image.get('file_name', f'image {key}'))
+
+
+def evaluation_problems(ann: dict, evaluated: Collection[str]) -> Iterator[str]:
+    """What pycocotools fails on, or passes over, when it evaluates against an annotation.
+
+    Args:
+        ann: One annotation.
+        evaluated: Kinds of evaluation, such as ``'bbox'`` and ``'segm'``.
+    """
+    if not evaluated:
+        return
+    if type(ann.get('id')) is not int or ann['id'] == 0:
+        yield (
+            'annotations without a whole number above 0 as id: pycocotools counts a match with id 0 '
+            'as none, so count from 1'
+        )
+    if ann.get('iscrowd') not in (0, 1):
+        yield 'annotations without iscrowd, which evaluation reads: set it to 0'
+    if 'segm' not in evaluated:
+        return
+    mask = ann.get('segmentation')
+    if isinstance(mask, dict):
+        good = bool(mask.get('counts')) and bool(mask.get('size'))
+    else:
+        # pycocotools takes four numbers for a box, and looks at the first polygon alone.
+        parts = mask if isinstance(mask, list) else []
+        good = bool(parts) and all(isinstance(part, list) for part in parts) and len(parts[0]) >= 6
+    if not good:
+        yield (
+            'segmentations that evaluation cannot read: it needs RLE with counts and size, or '
+            'polygons, the first of three points or more'
+        )
 
 
 def count_left_out(content: dict) -> Counter:

@@ -26,7 +26,7 @@ from rich.status import Status
 
 from .coco_annotations import check_coco_annotations
 from .label_maps import check_all_pixels, check_label_map
-from .quick_checks import built_datasets, check_data, dataset_configs
+from .quick_checks import built_datasets, check_data, dataset_configs, evaluated_kinds
 from .report import Counts, DatasetReport
 
 PIPELINE_SAMPLES = 8
@@ -194,12 +194,40 @@ class _SplitInspection:
                 content,
                 dataset.metainfo.get('classes'),
                 any(step.get('with_mask') for step in part.get('pipeline', ())),
+                self.evaluated(),
                 lambda annotations: self.track(annotations, 'annotations'),
             )
             counts.images = len(content['images'])
             counts.labels = len(content.get('annotations', ()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.error('annotation files that are not COCO format', _describe(error))
+
+    def evaluated(self) -> set[str]:
+        """What metrics that read a file in COCO format evaluate on this split."""
+        evaluators = self.cfg.get(f'{self.split}_evaluator') or []
+        if isinstance(evaluators, dict):
+            evaluators = [evaluators]
+        with_file = [evaluator for evaluator in evaluators if evaluator.get('ann_file')]
+        return {kind for evaluator in with_file for kind in evaluated_kinds(evaluator)}
+
+    def check_objects(self, dataset: BaseDataset) -> int:
+        """Check boxes and classes of what a data set of another format than COCO's has read."""
+        classes = dataset.metainfo.get('classes') or ()
+        objects: Counter = Counter()
+        for i in self.track(range(len(dataset)), 'objects'):
+            info = dataset.get_data_info(i)
+            for instance in info['instances']:
+                objects[instance['bbox_label']] += 1
+                x1, y1, x2, y2 = instance['bbox']
+                if not (np.isfinite((x1, y1, x2, y2)).all() and x1 < x2 and y1 < y2):
+                    name = info.get('img_path')
+                    self.error('boxes without area', f'{name}: corners {[x1, y1, x2, y2]}')
+        if not objects:
+            self.error('data sets without objects', f'none of {len(classes)} classes has one')
+        for label, name in enumerate(classes):
+            if objects and not objects[label]:
+                self.warning('classes without objects', name)
+        return objects.total()
 
     def check_dataset(self, dataset: BaseDataset, counts: Counts) -> None:
         """Check the files and labels of one data set without its wrappers."""
@@ -224,6 +252,8 @@ class _SplitInspection:
             if local:
                 there &= self.check_files('label maps', maps)
                 self.check_maps_without_image(dataset, maps)
+        if not hasattr(dataset, 'COCOAPI') and 'instances' in dataset.get_data_info(0):
+            counts.labels = self.check_objects(dataset)
         if labels[0] is not None:
             counts.labels = len(labels)
             self.check_labels(images, labels, classes)

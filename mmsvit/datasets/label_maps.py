@@ -77,6 +77,15 @@ def check_all_pixels(
             f'{len(of_class)} classes count from 0, but some pixels are {beyond}: if 0 is no '
             'class, set reduce_zero_label=True in the data set and in LoadAnnotations',
         )
+    present = [name for value, name in of_class.items() if pixels[value]]
+    left_out = sum(pixels[value] for value in ignored)
+    if len(of_class) > 1 and len(present) == 1 and left_out:
+        report.error(
+            split,
+            'label maps in which one class and ignored pixels are all there is',
+            f'{present[0]}, and {left_out / pixels.total():.1%} ignored ({sorted(ignored)}): with one '
+            'class nothing is learned; are other classes written as ignored values?',
+        )
     if complete:
         for value, name in of_class.items():
             if not pixels[value]:

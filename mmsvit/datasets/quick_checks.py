@@ -17,7 +17,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 
-from .coco_annotations import count_left_out
+from .coco_annotations import count_left_out, evaluation_problems
 
 
 def dataset_configs(cfg: dict) -> Iterator[dict]:
@@ -58,13 +58,19 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
         if cfg.get(f'{split}_dataloader')
     }
     missing: list[str] = []
+    evaluators: dict[str, list[dict]] = {}
     for split, parts in datasets.items():
+        evaluators[split] = [
+            evaluator
+            for evaluator in _as_list(cfg.get(f'{split}_evaluator'))
+            if evaluator.get('ann_file') and not evaluator.get('backend_args')
+        ]
         for part in parts:
             missing += _missing_paths(split, part)
         files = {_local(part.get('data_root'), part.get('ann_file')) for part in parts}
-        for evaluator in _as_list(cfg.get(f'{split}_evaluator')):
-            file = _local(None, evaluator.get('ann_file'))
-            if file is None or evaluator.get('backend_args'):
+        for evaluator in evaluators[split]:
+            file = _local(None, evaluator['ann_file'])
+            if file is None:
                 continue
             if not file.exists():
                 missing.append(f'{split}_evaluator.ann_file: {file.absolute()}')
@@ -82,17 +88,44 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
         )
     with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         for split, parts in datasets.items():
+            of_coco = []
             for part in parts:
                 kind: Any = part['type']
                 if not isinstance(kind, type):
                     kind = registry.get(kind)
                 file = _local(part.get('data_root'), part.get('ann_file'))
                 if file is not None and hasattr(kind, 'COCOAPI'):
+                    of_coco.append(str(file))
                     classes = {**kind.METAINFO, **(part.get('metainfo') or {})}.get('classes')
                     check_classes(split, str(file), classes, kind)
+            for evaluator in evaluators[split]:
+                if len(of_coco) > 1:
+                    raise ValueError(
+                        f'{split}_evaluator compares with {evaluator["ann_file"]!r} alone, but the '
+                        f'data set joins {of_coco}, whose image ids may be the same: merge the files '
+                        "into one, or use MMDetection's MultiDatasetsEvaluator"
+                    )
+                if of_coco:
+                    _check_evaluation(split, evaluator)
 
 
-def _as_list(value: dict | list | None) -> list[dict]:
+def _check_evaluation(split: str, evaluator: dict) -> None:
+    """Refuse annotations on which an evaluation would fail, or pass over an object."""
+    problems = read_coco(evaluator['ann_file'])[2]
+    for what in {'bbox', *evaluated_kinds(evaluator)}:
+        for problem, (count, example) in problems.get(what, {}).items():
+            raise ValueError(
+                f'{evaluator["ann_file"]!r} of {split}_evaluator has {count:,} {problem}; '
+                f'the first is annotation {example}'
+            )
+
+
+def evaluated_kinds(evaluator: dict) -> list[str]:
+    """What a metric for COCO's format evaluates, such as ``'bbox'`` and ``'segm'``."""
+    return [str(kind) for kind in _as_list(evaluator.get('metric', 'bbox'))]
+
+
+def _as_list(value: Any) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -122,12 +155,22 @@ def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
 
 
 @cache  # COCO's file takes seconds to read, and several checks need it.
-def read_coco(ann_file: str) -> tuple[list[str], Counter]:
-    """Names of the categories, and counts of what MMDetection skips silently."""
+def read_coco(ann_file: str) -> tuple[list[str], Counter, dict[str, dict[str, tuple[int, Any]]]]:
+    """Names of the categories, counts of what MMDetection skips silently, and what evaluation fails on.
+
+    The last is number and first id of each problem, by the kind of evaluation.
+    """
     try:
         content = json.loads(Path(ann_file).read_text())
         names = [category['name'] for category in content['categories']]
-        return names, count_left_out(content)
+        problems: dict[str, dict[str, tuple[int, Any]]] = {}
+        for what in ('bbox', 'segm'):
+            of_kind = problems.setdefault(what, {})
+            for ann in content.get('annotations', ()):
+                for problem in evaluation_problems(ann, (what,)):
+                    count, first = of_kind.get(problem, (0, ann.get('id')))
+                    of_kind[problem] = count + 1, first
+        return names, count_left_out(content), problems
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{ann_file!r} is not an annotation file in COCO format '
@@ -158,7 +201,7 @@ def check_classes(
                 f'such file of class names. A tuple of one name needs a comma: ({classes!r},)'
             )
         classes = list_from_file(classes)
-    names, _ = read_coco(ann_file)
+    names = read_coco(ann_file)[0]
     absent = [name for name in classes if name not in names]
     if absent:
         raise ValueError(

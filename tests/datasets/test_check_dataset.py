@@ -18,6 +18,7 @@ from mmengine.config import Config
 from rich.console import Console
 
 from mmsvit.datasets.inspection import head_num_classes, inspect_data
+from mmsvit.datasets.quick_checks import check_data
 from mmsvit.datasets.report import DatasetReport
 
 CONFIG = ROOT / 'configs' / 'svit_maskrcnn_shapes.py'
@@ -215,6 +216,80 @@ def test_damaged_annotations_are_named(damaged, undamaged, name):
     if level == 'warning':
         assert not report.problems('error'), printed(report)
     assert re.search(rf'{level}: train: {kind} \(\d+\)', printed(report))
+
+
+LINE, TRIANGLE = [1, 1, 5, 5], [1, 1, 9, 1, 9, 9]
+EVALUATION_DAMAGES = {
+    # cocodataset/cocoapi 507: id 0 means no match
+    'id 0': (lambda ann: ann.update(id=0), 'id 0'),
+    'id as text': (lambda ann: ann.update(id='1'), 'id 0'),
+    # cocodataset/cocoapi 374
+    'no iscrowd': (lambda ann: ann.pop('iscrowd'), 'without iscrowd'),
+    # jsbroks/coco-annotator 169
+    'a point': (lambda ann: ann.update(segmentation=[[3, 3]]), 'cannot read'),
+    'nothing': (lambda ann: ann.update(segmentation=[[]]), 'cannot read'),
+    'a line before a polygon': (lambda ann: ann.update(segmentation=[LINE, TRIANGLE]), 'cannot'),
+    'no mask': (lambda ann: ann.pop('segmentation'), 'cannot read'),
+}
+
+
+@pytest.mark.parametrize('name', EVALUATION_DAMAGES)
+def test_what_evaluation_would_fail_on_is_refused_before_training(damaged, name):
+    change, message = EVALUATION_DAMAGES[name]
+    file = damaged / 'annotations' / 'instances_val.json'
+    content = json.loads(file.read_text())
+    change(content['annotations'][1])
+    file.write_text(json.dumps(content))
+    cfg = detection_config(damaged)
+    with pytest.raises(ValueError, match=message):
+        check_data(cfg, ('val',))
+    report = inspect_data(cfg, ('val',), samples=0)
+    assert any(message in problem.kind for problem in report.problems('error')), printed(report)
+
+
+def test_a_line_behind_a_polygon_is_evaluated(damaged):
+    file = damaged / 'annotations' / 'instances_val.json'
+    content = json.loads(file.read_text())
+    content['annotations'][1]['segmentation'] = [TRIANGLE, LINE]
+    file.write_text(json.dumps(content))
+    check_data(detection_config(damaged), ('val',))
+
+
+def test_joined_validation_sets_with_one_evaluator_are_refused(shapes):
+    # open-mmlab/mmdetection 8785: AP50 of a perfect prediction is 0.835
+    cfg = detection_config(shapes)
+    part = cfg.val_dataloader.dataset
+    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[part, copy.deepcopy(part)])
+    with pytest.raises(ValueError, match=r'instances_val.json.*joins.*MultiDatasetsEvaluator'):
+        check_data(cfg, ('val',))
+
+
+def test_objects_of_other_formats_are_counted(tmp_path):
+    # open-mmlab/mmdetection 11592: a class spelt otherwise, a box whose corners are exchanged
+    for folder in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
+        (tmp_path / 'VOC2007' / folder).mkdir(parents=True)
+    boxes = {'cat': (3, 3, 20, 20), 'dog': (30, 3, 9, 20), 'Horse': (3, 3, 20, 20)}
+    for i, (name, box) in enumerate(boxes.items()):
+        corners = ''.join(f'<{k}>{v}</{k}>' for k, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
+        (tmp_path / 'VOC2007' / 'Annotations' / f'{i}.xml').write_text(
+            '<annotation><size><width>64</width><height>64</height></size><object>'
+            f'<name>{name}</name><difficult>0</difficult><bndbox>{corners}</bndbox></object>'
+            '</annotation>'
+        )
+        cv2.imwrite(f'{tmp_path}/VOC2007/JPEGImages/{i}.jpg', np.zeros((64, 64, 3), np.uint8))
+    (tmp_path / 'VOC2007' / 'ImageSets' / 'Main' / 'train.txt').write_text('0\n1\n2\n')
+    dataset = dict(
+        type='VOCDataset',
+        data_root=f'{tmp_path}/',
+        ann_file='VOC2007/ImageSets/Main/train.txt',
+        data_prefix=dict(sub_data_root='VOC2007/'),
+        metainfo=dict(classes=('cat', 'dog', 'horse')),
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')],
+    )
+    cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=dataset)))
+    problems = found(inspect_data(cfg, ('train',)))
+    assert problems['warning', 'classes without objects'] == ['horse']
+    assert len(problems['error', 'boxes without area']) == 1
 
 
 def test_examples_name_image_and_annotation(damaged):
@@ -511,6 +586,17 @@ def test_classes_without_pixels_are_told_only_of_all_label_maps(scenes, reduce_z
     cfg = segmentation_config(scenes, reduce_zero_label=reduce_zero_label)
     assert found(inspect_data(cfg)) == {('warning', 'classes without pixels'): absent}
     assert not found(inspect_data(cfg, samples=2))
+
+
+def test_one_class_beside_ignored_pixels_is_an_error(scenes):
+    # open-mmlab/mmsegmentation 1609: binary masks of 0 and 255, mIoU 100 and nothing learned
+    for i in range(4):
+        label_map = np.zeros((24, 32), np.uint8)
+        label_map[:6] = 255
+        write_labels(scenes, i, label_map)
+    (problem,) = inspect_data(segmentation_config(scenes)).problems('error')
+    assert 'one class and ignored pixels' in problem.kind
+    assert '25.0% ignored ([255])' in problem.examples[0]
 
 
 def test_images_of_another_suffix_are_no_data(scenes):

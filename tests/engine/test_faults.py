@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mmengine.dataset import Compose
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.optim.optimizer import amp_optimizer_wrapper
@@ -43,7 +44,7 @@ from toy import (
 import mmsvit.checkpoint
 from mmsvit.checkpoint import UnsafeCheckpointError, read_checkpoint
 from mmsvit.checkpoint.files import AtomicLocalBackend, newest_valid_checkpoint
-from mmsvit.engine.hooks.bad_samples_hook import refuse_truncated
+from mmsvit.engine.hooks.bad_samples_hook import GuardedPipeline, refuse_truncated
 from mmsvit.engine.hooks.exact_resume_hook import SeededBatchSampler
 from mmsvit.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
 
@@ -957,6 +958,36 @@ def test_too_many_unreadable_images_stop_the_run(damaged_images, tmp_path):
     limit = {'default_hooks.bad_samples.max_skipped': 2}
     with pytest.raises(RuntimeError, match=r'after 2 were skipped, the limit.*0[012]\.jpg'):
         train(tmp_path / 'run', damaged_images, **limit)
+
+
+@HOOKS.register_module()
+class OtherPipeline(Hook):
+    """As MMDetection's ``PipelineSwitchHook`` does it."""
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        if runner.epoch == 1:
+            dataset = runner.train_dataloader.dataset
+            dataset.pipeline = Compose(list(dataset.pipeline.transforms))
+
+
+def test_a_pipeline_that_a_hook_puts_in_place_is_guarded(damaged_images, tmp_path):
+    # open-mmlab/mmdetection 9530
+    hooks = [dict(type='OtherPipeline')]
+    runner = train(tmp_path / 'run', damaged_images, custom_hooks=hooks)
+    assert runner.epoch == EPOCHS
+    assert isinstance(runner.train_dataloader.dataset.pipeline, GuardedPipeline)
+
+
+@pytest.mark.parametrize('key', ['coco/mAP', 'toy/mAP'])
+def test_save_best_of_no_metric_is_a_sentence(key, images, tmp_path):
+    # open-mmlab/mmengine 1560
+    changes = evaluation(images)
+    changes['val_evaluator']['prefix'] = 'toy'
+    changes['default_hooks.checkpoint.save_best'] = key
+    changes['default_hooks.checkpoint.rule'] = 'greater'
+    with pytest.raises(ValueError, match=f"save_best='{key}' names no metric"):
+        train(tmp_path, images, **changes)
+    assert (tmp_path / 'epoch_1.pth').exists() == (key == 'toy/mAP')
 
 
 @pytest.mark.promise(

@@ -114,7 +114,7 @@ class BadSamplesHook(Hook):
         ValueError: ``max_skipped`` is negative.
     """
 
-    priority = 'HIGH'  # After CheckDatasetHook, which looks at the data sets.
+    priority = 'VERY_LOW'  # After hooks that look at the data sets or exchange pipelines.
 
     def __init__(self, max_skipped: int = 10) -> None:
         if max_skipped < 0:
@@ -127,6 +127,10 @@ class BadSamplesHook(Hook):
         self._guard(runner.train_dataloader.dataset, self.max_skipped, 'training')
         if runner.val_loop is not None:
             self._guard(runner.val_dataloader.dataset, 0, 'validation')
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Guard a pipeline that another hook has put in place for this epoch."""
+        self._guard(runner.train_dataloader.dataset, self.max_skipped, 'training')
 
     def before_test(self, runner: Runner) -> None:
         """Guard the test data, of which no sample is skipped."""

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
@@ -97,10 +98,26 @@ class SafeCheckpointHook(CheckpointHook):
         """
         register_backend('local', AtomicLocalBackend, force=True, prefixes='')
         super().before_train(runner)
+        self._check_save_best(runner)
         if self.save_best:  # Of the resumed run: only files of this folder count.
             self._set_best_paths({k: self._own(path) for k, path in self._best_paths().items()})
         if is_main_process() and isinstance(self.file_backend, LocalBackend):
             check_writable(self.out_dir)
+
+    def _check_save_best(self, runner: Runner) -> None:
+        """Refuse a metric whose prefix none of the evaluator's metrics has."""
+        if not self.save_best or runner.val_loop is None:
+            return
+        evaluator = runner.val_loop.evaluator
+        prefixes = [metric.prefix for metric in evaluator.metrics]
+        if type(evaluator) is not Evaluator or not all(prefixes):
+            return
+        for key in self.key_indicators:
+            if key != 'auto' and not key.startswith(tuple(f'{prefix}/' for prefix in prefixes)):
+                raise ValueError(
+                    f'default_hooks.checkpoint.save_best={key!r} names no metric of '
+                    f'val_evaluator; its metrics begin with {", ".join(map("{}/".format, prefixes))}'
+                )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to save weights that are not finite.
@@ -167,6 +184,12 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
             return
+        unknown = [key for key in self.key_indicators if key not in (*metrics, 'auto')]
+        if unknown:
+            raise ValueError(
+                f'default_hooks.checkpoint.save_best={unknown[0]!r} names no metric of this '
+                f'evaluation, which has {sorted(metrics)}'
+            )
         # The base class removes the previous best before it saves the next: hide it.
         previous = self._best_paths()
         self._set_best_paths(dict.fromkeys(previous))
