@@ -4,8 +4,9 @@
     python tools/check_dataset.py configs/svit_maskrcnn_coco.py --splits val --all
 
 Looks at folders and files, every annotation, class names, num_classes of the heads, a sample
-of the images, and a few samples through the config's own pipeline. The exit status is 1 if
-there are errors, and 0 if there are at most warnings.
+of the images, a few samples through the config's own pipeline, and the config's evaluator on the
+truth itself, which must score 1. The exit status is 1 if there are errors, and 0 if there are at
+most warnings.
 """
 
 from __future__ import annotations

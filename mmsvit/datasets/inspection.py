@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import mmcv
@@ -20,6 +20,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import get, list_dir_or_file, load
 from mmengine.registry import DATASETS, Registry
+from PIL import ExifTags, Image
 from rich.console import Console
 from rich.progress import track
 from rich.status import Status
@@ -28,8 +29,11 @@ from .coco_annotations import check_coco_annotations
 from .label_maps import check_all_pixels, check_label_map
 from .quick_checks import built_datasets, check_data, dataset_configs, evaluated_kinds
 from .report import Counts, DatasetReport
+from .truth_evaluation import build_evaluator, score_truth, shortfalls
 
 PIPELINE_SAMPLES = 8
+NEARLY_PERFECT = 0.99  # COCO itself has a few objects that MMDetection drops.
+LOOKED_AT = 200  # images, one by one, for those at fault
 
 
 def inspect_data(
@@ -175,6 +179,8 @@ class _SplitInspection:
         self.classes = dataset.metainfo.get('classes')
         self.check_heads()
         counts[0].loaded = self.check_pipeline(dataset)
+        if self.cfg.get(f'{self.split}_evaluator') and hasattr(dataset, 'get_data_info'):
+            self.check_evaluator(dataset)
 
     def check_annotation_file(self, part: dict, counts: Counts) -> None:
         """Check an annotation file in COCO format, before a data set fails on it."""
@@ -328,6 +334,7 @@ class _SplitInspection:
         if image is not None and height and image.shape[:2] != (height, width):
             found = f'is {image.shape[1]}x{image.shape[0]}, annotated as {width}x{height}'
             self.error('images of another size than annotated', f'{info["img_path"]} {found}')
+        self.check_orientation(dataset, info)
         path = info.get('seg_map_path')
         if not path or not hasattr(dataset, 'reduce_zero_label'):
             return Counter()
@@ -336,6 +343,32 @@ class _SplitInspection:
             return Counter()
         size = None if image is None else image.shape[:2]
         return check_label_map(self.report, self.split, path, label_map, size, dataset)
+
+    def check_orientation(self, dataset: BaseDataset, info: dict) -> None:
+        """Report an image that MMCV turns by its tag, unlike its label map, boxes or masks."""
+        first = next(iter(getattr(dataset.pipeline, 'transforms', ())), None)
+        if 'ignore_orientation' in getattr(first, 'color_type', ''):
+            return
+        try:
+            content = get(info['img_path'], backend_args=getattr(dataset, 'backend_args', None))
+            with Image.open(BytesIO(content)) as image:
+                tag = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # Decoding has reported it.
+            return
+        if tag == 1:
+            return
+        example = f'{info["img_path"]}: orientation {tag}'
+        if info.get('seg_map_path'):
+            self.error(
+                'images that are turned by their orientation tag, their label maps not: load them '
+                "with color_type='color_ignore_orientation', or write them turned",
+                example,
+            )
+        elif info.get('instances'):
+            self.warning(
+                'images that are turned by their orientation tag: were they when they were annotated?',
+                example,
+            )
 
     def decode(
         self, what: str, path: str, flag: str, backend_args: dict | None
@@ -390,6 +423,33 @@ class _SplitInspection:
                     f'{i}: {list(sample) if isinstance(sample, dict) else type(sample).__name__}',
                 )
         return loaded
+
+    def check_evaluator(self, dataset: BaseDataset) -> None:
+        """Evaluate the truth itself on a sample, and name images on which it is not perfect."""
+        cfg = self.cfg[f'{self.split}_evaluator']
+        number = len(dataset) if self.samples is None else min(self.samples, len(dataset))
+        chosen = np.sort(self.rng.choice(len(dataset), number, replace=False)).tolist()
+        if not chosen:
+            return
+        try:
+            evaluator = build_evaluator(cfg, dataset)
+            if evaluator is None:
+                self.warning('evaluators not tried on the truth', str(cfg))
+                return
+            with self.status(f'evaluating the truth of {number} images'):
+                short = shortfalls(score_truth(evaluator, dataset, chosen))
+        except Exception as error:  # Metrics raise anything.
+            self.error('evaluators that fail on the truth', _describe(error))
+            return
+        if not short:
+            return
+        worst = min(short.values())
+        add = self.error if worst < NEARLY_PERFECT else self.warning
+        kind = 'evaluations in which a perfect prediction is not perfect'
+        add(kind, ', '.join(f'{key} {score:.1%}' for key, score in short.items()))
+        for index in self.track(chosen[:LOOKED_AT], 'images at fault'):
+            if shortfalls(score_truth(evaluator, dataset, [index])):
+                add(kind, f'by {_image_of(dataset, index)}')
 
 
 def _names_in(folder: str) -> set[str]:

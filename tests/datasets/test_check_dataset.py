@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_python
 from mmengine.config import Config
+from mmengine.registry import DATASETS
+from PIL import ExifTags, Image
 from rich.console import Console
 
 from mmsvit.datasets.inspection import head_num_classes, inspect_data
 from mmsvit.datasets.quick_checks import check_data
 from mmsvit.datasets.report import DatasetReport
+from mmsvit.datasets.truth_evaluation import build_evaluator, score_truth, shortfalls
 
 CONFIG = ROOT / 'configs' / 'svit_maskrcnn_shapes.py'
 SPLITS = ('train', 'val', 'test')
@@ -292,6 +295,31 @@ def test_objects_of_other_formats_are_counted(tmp_path):
     assert len(problems['error', 'boxes without area']) == 1
 
 
+def change_val(folder: Path, change) -> None:
+    file = folder / 'annotations' / 'instances_val.json'
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+NOT_PERFECT = 'evaluations in which a perfect prediction is not perfect'
+
+
+def test_an_object_that_the_data_set_drops_is_not_found_by_a_perfect_prediction(damaged):
+    change_val(damaged, lambda content: content['annotations'][0].update(bbox=[5, 5, 0.5, 9]))
+    examples = found(inspect_data(detection_config(damaged), ('val',)))['error', NOT_PERFECT]
+    assert re.match(r'coco/bbox_mAP \d\d\.\d%', examples[0])
+    assert len(examples) == 2 and examples[1].endswith('.jpg')
+
+
+def test_the_truth_is_evaluated_as_the_config_says(shapes):
+    cfg = detection_config(shapes, **{'val_evaluator.metric': ['bbox', 'proposal_slow']})
+    (error,) = inspect_data(cfg, ('val',)).problems('error')
+    assert (
+        error.kind == 'evaluators that fail on the truth' and 'proposal_slow' in error.examples[0]
+    )
+
+
 def test_examples_name_image_and_annotation(damaged):
     edit(damaged, change_annotation(bbox=[70, 5, 9, 9]))
     content = json.loads((damaged / 'annotations' / 'instances_train.json').read_text())
@@ -486,6 +514,31 @@ def test_good_label_maps(scenes):
     assert (counts.decoded, counts.loaded) == (4, 4)
 
 
+@pytest.mark.parametrize('orientation', [3, 6])
+def test_images_with_an_orientation_tag_are_named(scenes, orientation):
+    # facebookresearch/detectron2 788: the image is turned, its label map is not
+    file = scenes / 'images' / '1.jpg'
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.open(file).save(file, exif=exif)
+    cfg = segmentation_config(scenes)
+    kinds = {p.kind: p.examples for p in inspect_data(cfg).problems('error')}
+    (turned,) = [examples for kind, examples in kinds.items() if 'orientation tag' in kind]
+    assert turned == [f'{file}: orientation {orientation}']
+    cfg.train_dataloader.dataset.pipeline[0].color_type = 'color_ignore_orientation'
+    kinds = [p.kind for p in inspect_data(cfg).problems('error')]
+    assert not any('orientation tag' in kind for kind in kinds)
+
+
+def test_label_maps_that_are_resized_before_evaluation(scenes):
+    cfg = segmentation_config(scenes)
+    cfg.val_dataloader, cfg.val_evaluator = cfg.train_dataloader, dict(type='IoUMetric')
+    assert not found(inspect_data(cfg, ('val',)))
+    cfg.val_dataloader.dataset.pipeline.insert(2, dict(type='Resize', scale=(16, 16)))
+    (error,) = inspect_data(cfg, ('val',)).problems('error')
+    assert error.kind == 'evaluators that fail on the truth' and 'shape' in error.examples[0]
+
+
 def test_label_maps_that_count_from_1(scenes):
     for i in range(4):
         write_labels(scenes, i, np.arange(24 * 32).reshape(24, 32) % 4)
@@ -650,6 +703,18 @@ def test_good_image_folders(animals, config):
     assert not found(report), printed(report)
     (counts,) = report.counts
     assert (counts.images, counts.labels, counts.classes, counts.loaded) == (6, 6, 2, 6)
+
+
+def test_the_truth_of_images_is_evaluated(animals):
+    cfg = classification_config(animals)
+    dataset = cfg.train_dataloader.dataset
+    evaluator = [dict(type='Accuracy', topk=(1, 2)), dict(type='SingleLabelMetric')]
+    with DATASETS.switch_scope_and_registry('mmpretrain') as registry:
+        built = registry.build(dataset)
+        scores = score_truth(build_evaluator(evaluator, built), built, range(len(built)))
+        assert build_evaluator(dict(type='RetrievalRecall'), built) is None
+    assert scores['accuracy/top1'] == scores['single-label/recall'] == 100
+    assert not shortfalls(scores)
 
 
 def test_empty_class_folder(animals):
