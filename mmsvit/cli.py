@@ -17,10 +17,14 @@ from mmengine.hooks import CheckpointHook
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that shows the docstring of a tool as it is written."""
-    return argparse.ArgumentParser(
+    """A parser that shows the docstring of a tool as it is written, with ``--debug`` for :func:`run`."""
+    parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        '--debug', action='store_true', help='show where in the code an error arose'
+    )
+    return parser
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
@@ -171,26 +175,43 @@ def add_guards(cfg: Config) -> None:
         checkpoint['type'] = 'mmsvit.SafeCheckpointHook'
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether code of mmsvit or its tools raised an error on purpose, so that its message says all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not (frames[-1].line or '').startswith('raise '):
+        return False
+    package = Path(__file__).parent
+    file = Path(frames[-1].filename)
+    return file.is_relative_to(package) or file.parent == Path(sys.argv[0]).absolute().parent
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run the main function of a tool, then close its process group.
+    """Run the main function of a tool: a refusal ends it in a sentence; then close its process group.
 
     Threads of a gloo group that the interpreter does not outlive abort the process when it ends, and
     a run that has finished is reported as failed, an error as a crash. They go with the last that
     refers to the group: what wraps the model, which the runner and a traceback hold.
 
     Raises:
-        SystemExit: With the status that ``main`` left with, if it did not return; 1 after an error
-            in a gloo group, whose traceback has been printed.
+        SystemExit: With the status that ``main`` left with, if it did not return; 1 after a refusal
+            (:func:`is_refusal`, without ``--debug``), or after an error in a gloo group, whose
+            traceback has been printed.
     """
     status = None
     try:
         main()
     except SystemExit as stop:
         status = stop.code
-    except Exception:
-        if get_backend() != 'gloo':
+    except Exception as error:
+        if is_refusal(error) and '--debug' not in sys.argv:
+            name = Path(sys.argv[0]).name
+            print(f'{name}: {error} (--debug shows where this arose)', file=sys.stderr)
+            if get_backend() not in (None, 'gloo'):
+                sys.exit(1)
+        elif get_backend() != 'gloo':
             raise  # NCCL could wait for the others.
-        traceback.print_exc()
+        else:
+            traceback.print_exc()
         status = 1
     if is_distributed():
         torch.distributed.destroy_process_group()

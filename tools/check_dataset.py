@@ -16,7 +16,7 @@ import argparse
 from mmengine.runner import set_random_seed
 from rich.console import Console
 
-from mmsvit.cli import add_config_options, make_parser, read_config
+from mmsvit.cli import add_config_options, make_parser, read_config, run
 from mmsvit.datasets.inspection import inspect_data
 
 
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

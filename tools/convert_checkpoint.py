@@ -22,7 +22,7 @@ from mmsvit.checkpoint import (
     save_weights,
     trust_checkpoints,
 )
-from mmsvit.cli import add_trust_option, make_parser
+from mmsvit.cli import add_trust_option, make_parser, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

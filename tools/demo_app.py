@@ -21,7 +21,7 @@ from mmengine.config import Config
 from mmsvit.apis.demo import Demo
 from mmsvit.apis.inference import ImageModel
 from mmsvit.checkpoint import trust_checkpoints
-from mmsvit.cli import add_trust_option, make_parser
+from mmsvit.cli import add_trust_option, make_parser, run
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

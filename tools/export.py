@@ -18,7 +18,7 @@ from rich import print as rich_print
 from rich.table import Table
 
 from mmsvit.checkpoint import trust_checkpoints
-from mmsvit.cli import add_config_options, add_trust_option, make_parser, read_config
+from mmsvit.cli import add_config_options, add_trust_option, make_parser, read_config, run
 from mmsvit.export import CHECK_SHAPES, FORMATS, PARTS, Check, ExportError, build_exportable, export
 
 
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

@@ -28,7 +28,7 @@ from mmsvit.analysis.config_flops import (
     count_config,
     read_metafile,
 )
-from mmsvit.cli import add_config_options, make_parser, read_config
+from mmsvit.cli import add_config_options, make_parser, read_config, run
 
 EXPLANATION = """\
 FLOPs are multiply-adds of inference on one image (height x width), in two ways. *Layers* are
@@ -216,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

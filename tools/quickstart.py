@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmsvit.cli import make_parser
+from mmsvit.cli import run as run_tool
 from mmsvit.visualization.drawing import Sheet, fit
 from mmsvit.visualization.html_report import HtmlReport
 from mmsvit.visualization.training_curves import choose_metrics, draw_curves, read_curves
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_tool(main)

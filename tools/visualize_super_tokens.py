@@ -26,7 +26,7 @@ from rich.progress import track
 from mmsvit.apis.image_files import find_images
 from mmsvit.apis.inference import ImageModel
 from mmsvit.checkpoint import trust_checkpoints
-from mmsvit.cli import add_trust_option, make_parser
+from mmsvit.cli import add_trust_option, make_parser, run
 from mmsvit.visualization.drawing import (
     SMALLEST_PICTURE,
     AttentionPoint,
@@ -180,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

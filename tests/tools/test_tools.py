@@ -22,6 +22,7 @@ from torch import nn
 
 from mmsvit import SViT
 from mmsvit.checkpoint import read_checkpoint
+from mmsvit.cli import is_refusal
 from mmsvit.compat.mmcv_ext import is_stand_in
 from mmsvit.engine.hooks.strict_checkpoint_hook import StrictCheckpointHook
 
@@ -322,3 +323,25 @@ def test_scripts_say_how_to_call_them():
             ['bash', ROOT / 'tools' / script], capture_output=True, text=True, check=False
         )
         assert result.returncode == 2 and f'tools/{script}' in result.stderr
+
+
+@pytest.mark.parametrize('options', [[], ['--debug']])
+def test_a_refusal_is_a_sentence_and_a_traceback_on_demand(options, tmp_path):
+    data = ['--cfg-options', f'train_dataloader.dataset.data_root={tmp_path}/']
+    config = ROOT / 'configs' / 'svit_maskrcnn_shapes.py'
+    result = run_python('tools/train.py', config, *options, *data, check=False)
+    assert result.returncode == 1
+    assert str(tmp_path) in result.stderr
+    assert ('Traceback' in result.stderr) == bool(options)
+    if not options:
+        assert result.stderr.startswith('train.py: the config names data that is not there')
+
+
+def test_what_nobody_refused_keeps_its_traceback():
+    def fails():
+        return int('x')
+
+    for function, refused in ((fails, False), (lambda: SViT('nonsense'), True)):
+        with pytest.raises(ValueError) as caught:
+            function()
+        assert is_refusal(caught.value) == refused
