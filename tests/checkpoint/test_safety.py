@@ -69,7 +69,7 @@ def pretrained(part, harmful):
 
 def tool(name, *arguments):
     def run():
-        sys.argv[:] = [f'{root}/tools/{name}.py', *arguments]
+        sys.argv[:] = [f'{root}/tools/{name}.py', '--debug', *arguments]  # the error itself
         runpy.run_path(sys.argv[0], run_name='__main__')
     return run
 

@@ -306,6 +306,7 @@ def run_tool(
     """tools/train.py as a whole, on the toy's config, in this process."""
     toy_config(work_dir, images).dump(folder / 'toy.py')
     arguments = ['train.py', str(folder / 'toy.py'), '--work-dir', str(work_dir), *options]
+    arguments.append('--debug')  # the error, not its sentence
     monkeypatch.setattr(sys, 'argv', arguments)
     runpy.run_path(str(ROOT / 'tools' / 'train.py'), run_name='__main__')
 

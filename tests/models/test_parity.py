@@ -35,7 +35,7 @@ def sampled(way: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, 'allow_tf32', False)
         if way == 'exported':
-            patch.setattr(super_token, 'is_exporting', lambda: True)
+            patch.setattr(super_token, 'wants_own_operators', lambda: True)
         else:
             patch.setenv('MMSVIT_OPS_BACKEND', way)
         yield
