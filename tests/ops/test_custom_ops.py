@@ -295,7 +295,7 @@ def test_a_graph_recorded_for_any_batch_holds_for_another():
     parts = (ffn.fc1, ffn.act, ffn.dwconv, ffn.fc2, ffn.drop)
     other = random(4, 5, 7, 8)
     with torch.no_grad():
-        graph = make_fx(layers, tracing_mode='symbolic')(random(2, 5, 7, 8))
+        graph = make_fx(layers, None, 'symbolic', True)(random(2, 5, 7, 8))
         torch.testing.assert_close(graph(other), layers(other))
 
 
