@@ -68,7 +68,7 @@ def check_coco_annotations(
             f'{off:,} of {len(annotations):,} boxes have no area or exceed their image: a box must '
             'be [x, y, width, height] in pixels, not two corners and not relative to the image',
         )
-    _check_use(report, split, objects, set(names.values()), classes)
+    check_use(report, split, objects, set(names.values()), classes)
     for key, image in images.items():
         if key not in occupied:
             report.warning(split, 'images without objects', image.get('file_name', f'image {key}'))
@@ -221,14 +221,22 @@ def _describe(ann: dict, image: dict | None) -> str:
     )
 
 
-def _check_use(
+def check_use(
     report: DatasetReport,
     split: str,
     objects: Counter,
     names: set[str],
     classes: Sequence[str] | None,
 ) -> None:
-    """Check which classes have objects, and which objects have a class."""
+    """Check which classes have objects, and which objects have a class.
+
+    Args:
+        report: Takes what is wrong.
+        split: For the report.
+        objects: Their number by class name.
+        names: All classes of the data.
+        classes: Those of the config; None for all.
+    """
     used = names if classes is None else names & set(classes)
     if not any(objects[name] for name in used):
         report.error(split, 'data sets without objects', f'none of {len(used)} classes has one')

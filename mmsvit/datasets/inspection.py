@@ -25,9 +25,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.status import Status
 
-from .coco_annotations import check_coco_annotations
+from .coco_annotations import check_coco_annotations, check_use
 from .label_maps import check_all_pixels, check_label_map
-from .quick_checks import built_datasets, check_data, dataset_configs, evaluated_kinds
+from .quick_checks import (
+    built_datasets,
+    check_data,
+    dataset_configs,
+    evaluated_kinds,
+    metrics_with_file,
+)
 from .report import Counts, DatasetReport
 from .truth_evaluation import build_evaluator, score_truth, shortfalls
 
@@ -200,7 +206,11 @@ class _SplitInspection:
                 content,
                 dataset.metainfo.get('classes'),
                 any(step.get('with_mask') for step in part.get('pipeline', ())),
-                self.evaluated(),
+                {
+                    kind
+                    for metric in metrics_with_file(self.cfg, self.split)
+                    for kind in evaluated_kinds(metric)
+                },
                 lambda annotations: self.track(annotations, 'annotations'),
             )
             counts.images = len(content['images'])
@@ -208,32 +218,14 @@ class _SplitInspection:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.error('annotation files that are not COCO format', _describe(error))
 
-    def evaluated(self) -> set[str]:
-        """What metrics that read a file in COCO format evaluate on this split."""
-        evaluators = self.cfg.get(f'{self.split}_evaluator') or []
-        if isinstance(evaluators, dict):
-            evaluators = [evaluators]
-        with_file = [evaluator for evaluator in evaluators if evaluator.get('ann_file')]
-        return {kind for evaluator in with_file for kind in evaluated_kinds(evaluator)}
-
-    def check_objects(self, dataset: BaseDataset) -> int:
-        """Check boxes and classes of what a data set of another format than COCO's has read."""
-        classes = dataset.metainfo.get('classes') or ()
-        objects: Counter = Counter()
-        for i in self.track(range(len(dataset)), 'objects'):
-            info = dataset.get_data_info(i)
-            for instance in info['instances']:
-                objects[instance['bbox_label']] += 1
-                x1, y1, x2, y2 = instance['bbox']
-                if not (np.isfinite((x1, y1, x2, y2)).all() and x1 < x2 and y1 < y2):
-                    name = info.get('img_path')
-                    self.error('boxes without area', f'{name}: corners {[x1, y1, x2, y2]}')
-        if not objects:
-            self.error('data sets without objects', f'none of {len(classes)} classes has one')
-        for label, name in enumerate(classes):
-            if objects and not objects[label]:
-                self.warning('classes without objects', name)
-        return objects.total()
+    def check_objects(self, info: dict) -> Iterator[int]:
+        """Check the boxes of an image of another format than COCO's; yield their labels."""
+        for instance in info.get('instances', ()):
+            x1, y1, x2, y2 = instance['bbox']
+            if not (np.isfinite((x1, y1, x2, y2)).all() and x1 < x2 and y1 < y2):
+                name = info.get('img_path')
+                self.error('boxes without area', f'{name}: corners {[x1, y1, x2, y2]}')
+            yield instance['bbox_label']
 
     def check_dataset(self, dataset: BaseDataset, counts: Counts) -> None:
         """Check the files and labels of one data set without its wrappers."""
@@ -245,8 +237,14 @@ class _SplitInspection:
             dataset.get_data_info(i) for i in self.track(range(len(dataset)), 'list of images')
         )
         # Only what is needed, as there may be millions of samples.
-        keys = ('img_path', 'seg_map_path', 'gt_label')
-        images, maps, labels = zip(*[[info.get(key) for key in keys] for info in infos])
+        of_coco = hasattr(dataset, 'COCOAPI')  # Its file has been checked.
+        names = dict(enumerate(classes or ()))
+        rows, objects = [], Counter[str]()
+        for info in infos:
+            rows.append([info.get(key) for key in ('img_path', 'seg_map_path', 'gt_label')])
+            if not of_coco:
+                objects.update(names.get(i, str(i)) for i in self.check_objects(info))
+        images, maps, labels = zip(*rows)
 
         if images[0] is None:
             self.warning('data sets whose images were not checked', 'samples have no img_path')
@@ -258,8 +256,9 @@ class _SplitInspection:
             if local:
                 there &= self.check_files('label maps', maps)
                 self.check_maps_without_image(dataset, maps)
-        if not hasattr(dataset, 'COCOAPI') and 'instances' in dataset.get_data_info(0):
-            counts.labels = self.check_objects(dataset)
+        if not of_coco and 'instances' in dataset.get_data_info(0):
+            counts.labels = objects.total()
+            check_use(self.report, self.split, objects, {*names.values(), *objects}, classes)
         if labels[0] is not None:
             counts.labels = len(labels)
             self.check_labels(images, labels, classes)
@@ -329,32 +328,29 @@ class _SplitInspection:
     def check_image(self, dataset: BaseDataset, info: dict) -> Counter:
         """Decode an image and its label map; return the number of pixels of each value."""
         backend_args = getattr(dataset, 'backend_args', None)
-        image = self.decode('images', info['img_path'], 'color', backend_args)
+        image, content = self.decode('images', info['img_path'], 'color', backend_args)
         height, width = info.get('height'), info.get('width')
         if image is not None and height and image.shape[:2] != (height, width):
             found = f'is {image.shape[1]}x{image.shape[0]}, annotated as {width}x{height}'
             self.error('images of another size than annotated', f'{info["img_path"]} {found}')
-        self.check_orientation(dataset, info)
+        if image is not None:
+            self.check_orientation(dataset, info, content)
         path = info.get('seg_map_path')
         if not path or not hasattr(dataset, 'reduce_zero_label'):
             return Counter()
-        label_map = self.decode('label maps', path, 'unchanged', backend_args)
+        label_map, _ = self.decode('label maps', path, 'unchanged', backend_args)
         if label_map is None:
             return Counter()
         size = None if image is None else image.shape[:2]
         return check_label_map(self.report, self.split, path, label_map, size, dataset)
 
-    def check_orientation(self, dataset: BaseDataset, info: dict) -> None:
+    def check_orientation(self, dataset: BaseDataset, info: dict, content: bytes) -> None:
         """Report an image that MMCV turns by its tag, unlike its label map, boxes or masks."""
         first = next(iter(getattr(dataset.pipeline, 'transforms', ())), None)
         if 'ignore_orientation' in getattr(first, 'color_type', ''):
             return
-        try:
-            content = get(info['img_path'], backend_args=getattr(dataset, 'backend_args', None))
-            with Image.open(BytesIO(content)) as image:
-                tag = image.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:  # Decoding has reported it.
-            return
+        with Image.open(BytesIO(content)) as image:
+            tag = image.getexif().get(ExifTags.Base.Orientation, 1)
         if tag == 1:
             return
         example = f'{info["img_path"]}: orientation {tag}'
@@ -372,15 +368,16 @@ class _SplitInspection:
 
     def decode(
         self, what: str, path: str, flag: str, backend_args: dict | None
-    ) -> np.ndarray | None:
-        """Decode a file, or report an error and return None."""
+    ) -> tuple[np.ndarray | None, bytes]:
+        """Decode a file, or report an error and return None; also the bytes of the file."""
+        content = b''
         try:
             # Pillow refuses truncated files; OpenCV fills them up with grey.
             content = get(path, backend_args=backend_args)
-            return mmcv.imfrombytes(content, flag=flag, backend='pillow')
+            return mmcv.imfrombytes(content, flag=flag, backend='pillow'), content
         except Exception as error:  # Decoders raise anything.
             self.error(f'{what} that cannot be decoded', f'{path}: {_describe(error)}')
-            return None
+            return None, content
 
     def check_heads(self) -> None:
         """Compare ``num_classes`` of all heads with the data."""

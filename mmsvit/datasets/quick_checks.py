@@ -63,9 +63,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     evaluators: dict[str, list[dict]] = {}
     for split, parts in datasets.items():
         evaluators[split] = [
-            evaluator
-            for evaluator in _as_list(cfg.get(f'{split}_evaluator'))
-            if evaluator.get('ann_file') and not evaluator.get('backend_args')
+            metric for metric in metrics_with_file(cfg, split) if not metric.get('backend_args')
         ]
         for part in parts:
             missing += _missing_paths(split, part)
@@ -107,16 +105,31 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
                         f'data set joins {of_coco}, whose image ids may be the same: merge the files '
                         "into one, or use MMDetection's MultiDatasetsEvaluator"
                     )
-                if of_coco:
-                    _check_evaluation(split, evaluator)
+                ann_file = evaluator['ann_file']
+                problem = of_coco and _first_evaluation_problem(
+                    ann_file, evaluated_kinds(evaluator)
+                )
+                if problem:
+                    raise ValueError(f'{ann_file!r} of {split}_evaluator has {problem}')
 
 
-def evaluated_kinds(evaluator: dict) -> list[str]:
+def metrics_with_file(cfg: Config, split: str) -> list[dict]:
+    """The metrics of a split that read an annotation file of their own."""
+    return [metric for metric in as_list(cfg.get(f'{split}_evaluator')) if metric.get('ann_file')]
+
+
+def evaluated_kinds(metric: dict) -> tuple[str, ...]:
     """What a metric for COCO's format evaluates, such as ``'bbox'`` and ``'segm'``."""
-    return [str(kind) for kind in _as_list(evaluator.get('metric', 'bbox'))]
+    return tuple(str(kind) for kind in as_list(metric.get('metric', 'bbox')))
 
 
-def _as_list(value: Any) -> list:
+def type_name(cfg: dict) -> str:
+    """The name of a config's ``type``, a string or a class, without its scope."""
+    return getattr(cfg.get('type'), '__name__', str(cfg.get('type'))).rpartition('.')[2]
+
+
+def as_list(value: Any) -> list:
+    """A setting that may be None, one thing or several, as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -133,8 +146,7 @@ def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
     root = dataset.get('data_root')
     named = {'data_root': _local(None, root), 'ann_file': _local(root, dataset.get('ann_file'))}
     prefixes = dataset.get('data_prefix')
-    kind = getattr(dataset['type'], '__name__', str(dataset['type'])).rpartition('.')[2]
-    if kind == 'ImageNet' and not prefixes and dataset.get('split'):
+    if type_name(dataset) == 'ImageNet' and not prefixes and dataset.get('split'):
         named['split'] = _local(root, dataset['split'])  # A folder named like the split.
     elif isinstance(prefixes, str):
         named['data_prefix'] = _local(root, prefixes)
@@ -171,20 +183,19 @@ def read_coco(ann_file: str) -> tuple[list[str], Counter]:
         return names, count_left_out(content)
 
 
-def _check_evaluation(split: str, evaluator: dict) -> None:
-    """Refuse annotations on which an evaluation would fail, or pass over an object."""
-    ann_file = evaluator['ann_file']
-    kinds = evaluated_kinds(evaluator)
+@cache  # Validation and test have one file, as a rule.
+def _first_evaluation_problem(ann_file: str, kinds: tuple[str, ...]) -> str | None:
+    """On what an evaluation would fail, or which objects it would pass over; None for nothing."""
     with _reading_coco(ann_file):
         annotations = json.loads(Path(ann_file).read_bytes()).get('annotations', ())
         found = [
             (what, ann.get('id')) for ann in annotations for what in evaluation_problems(ann, kinds)
         ]
-    for what, first in found[:1]:
-        number = sum(other == what for other, _ in found)
-        raise ValueError(
-            f'{ann_file!r} of {split}_evaluator has {number:,} {what}; the first is annotation {first}'
-        )
+    if not found:
+        return None
+    what, first = found[0]
+    number = sum(other == what for other, _ in found)
+    return f'{number:,} {what}; the first is annotation {first}'
 
 
 def check_classes(
@@ -210,7 +221,7 @@ def check_classes(
                 f'such file of class names. A tuple of one name needs a comma: ({classes!r},)'
             )
         classes = list_from_file(classes)
-    names = read_coco(ann_file)[0]
+    names, _ = read_coco(ann_file)
     absent = [name for name in classes if name not in names]
     if absent:
         raise ValueError(

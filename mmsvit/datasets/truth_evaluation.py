@@ -6,9 +6,7 @@ it takes for none, objects that the data set drops, label maps of another size.
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -20,6 +18,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.evaluator import Evaluator
 from mmengine.registry import TRANSFORMS
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
+
+from .quick_checks import as_list, type_name
 
 METRICS = {
     *('CocoMetric', 'LVISMetric', 'VOCMetric', 'IoUMetric'),
@@ -35,11 +35,10 @@ def build_evaluator(cfg: dict | Sequence[dict], dataset: BaseDataset) -> Evaluat
         cfg: ``val_evaluator`` or ``test_evaluator`` of a config.
         dataset: The data set it is for.
     """
-    metrics = [dict(metric) for metric in ([cfg] if isinstance(cfg, dict) else cfg)]
+    metrics = [dict(metric) for metric in as_list(cfg)]
     for metric in metrics:
         metric.pop('outfile_prefix', None)
-        name = getattr(metric.get('type'), '__name__', str(metric.get('type')))
-        if name.rpartition('.')[2] not in METRICS or metric.get('format_only'):
+        if type_name(metric) not in METRICS or metric.get('format_only'):
             return None
     with redirect_stdout(StringIO()):
         evaluator = Evaluator(metrics)
@@ -77,7 +76,7 @@ def score_truth(
     finally:
         logging.disable(silent)
     numbers = {k: float(v) for k, v in scores.items() if isinstance(v, (int, float, np.number))}
-    return {key: v for key, v in numbers.items() if v >= 0 and not math.isnan(v)}
+    return {key: v for key, v in numbers.items() if v >= 0}
 
 
 def shortfalls(scores: dict[str, float]) -> dict[str, float]:
@@ -92,7 +91,7 @@ def _predict_truth(sample: BaseDataElement, info: dict, dataset: BaseDataset) ->
         sample.pred_instances = _true_instances(info, sample)
     elif 'seg_map_path' in info:
         load = TRANSFORMS.build(dict(type='mmseg.LoadAnnotations', imdecode_backend='pillow'))
-        labels = torch.from_numpy(load(copy.deepcopy(info))['gt_seg_map'].astype('int64'))
+        labels = torch.from_numpy(load(info)['gt_seg_map'].astype('int64'))
         sample.pred_sem_seg = PixelData(data=labels[None])
     else:
         score = torch.zeros(len(dataset.metainfo['classes']))
@@ -102,7 +101,7 @@ def _predict_truth(sample: BaseDataElement, info: dict, dataset: BaseDataset) ->
 
 
 def _true_instances(info: dict, sample: BaseDataElement) -> InstanceData:
-    info = {**copy.deepcopy(info), 'ori_shape': sample.metainfo['ori_shape']}
+    info = {**info, 'ori_shape': sample.metainfo['ori_shape']}
     info['height'], info['width'] = info['ori_shape']
     with_mask = any('mask' in instance for instance in info['instances'])
     load = dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=with_mask)
