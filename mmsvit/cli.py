@@ -197,22 +197,22 @@ def run(main: Callable[[], None]) -> None:
             (:func:`is_refusal`, without ``--debug``), or after an error in a gloo group, whose
             traceback has been printed.
     """
-    status = None
+    status: int | str | None = None
     try:
         main()
     except SystemExit as stop:
         status = stop.code
     except Exception as error:
         if is_refusal(error) and '--debug' not in sys.argv:
-            name = Path(sys.argv[0]).name
-            print(f'{name}: {error} (--debug shows where this arose)', file=sys.stderr)
-            if get_backend() not in (None, 'gloo'):
-                sys.exit(1)
-        elif get_backend() != 'gloo':
-            raise  # NCCL could wait for the others.
-        else:
+            # Printed by sys.exit, which then exits with 1.
+            status = f'{Path(sys.argv[0]).name}: {error} (--debug shows where this arose)'
+        elif get_backend() == 'gloo':
             traceback.print_exc()
-        status = 1
+            status = 1
+        else:
+            raise
+        if get_backend() not in (None, 'gloo'):
+            sys.exit(status)  # NCCL could wait for the others.
     if is_distributed():
         torch.distributed.destroy_process_group()
         gc.collect()

@@ -8,8 +8,7 @@ they become one multiplication and addition.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -19,6 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .. import ops
 from ..ops.standard_layers import is_watched
+
+_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class GELUAndAffine(nn.Module):
@@ -97,9 +98,6 @@ def check_norm(name: str, norm: object) -> None:
         )
 
 
-_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-
-
 def check_stem(stem: nn.Sequential) -> None:
     """Refuse a stem whose batch norms do not all follow a GELU; raises as :func:`check_layer`."""
     layers = list(stem)
@@ -112,23 +110,22 @@ def check_stem(stem: nn.Sequential) -> None:
                 raise ValueError(f'stem.{i - 1} is an approximate GELU, which cannot be folded')
 
 
-def check_conv_and_norm(name: str, layers: nn.Module) -> None:
+def check_conv_and_norm(name: str, layers: nn.Sequential) -> None:
     """Refuse what is not a convolution and a batch norm; raises as :func:`check_layer`."""
     check_layer(name, layers, nn.Sequential)
-    if len(cast(nn.Sequential, layers)) != 2:
-        raise TypeError(f'{name} has {len(cast(nn.Sequential, layers))} layers, expected 2')
-    conv, norm = cast(nn.Sequential, layers)
-    check_layer(f'{name}.0', conv, nn.Conv2d)
-    check_norm(f'{name}.1', norm)
+    if len(layers) != 2:
+        raise TypeError(f'{name} has {len(layers)} layers, expected 2')
+    check_layer(f'{name}.0', layers[0], nn.Conv2d)
+    check_norm(f'{name}.1', layers[1])
 
 
-def check_unshared(parameters: Iterable[nn.Parameter]) -> None:
+def check_unshared(parameters: Sequence[nn.Parameter]) -> None:
     """Refuse a parameter that two layers share, as it would be folded into twice.
 
     Raises:
         ValueError: One is shared.
     """
-    if max(Counter(map(id, parameters)).values(), default=0) > 1:
+    if len(set(map(id, parameters))) < len(parameters):
         raise ValueError('blocks that share layers or weights cannot be folded')
 
 

@@ -123,13 +123,12 @@ class BadSamplesHook(Hook):
         self.seen = Array(c_int64, max_skipped + 1)
 
     def before_train(self, runner: Runner) -> None:
-        """Guard the data before the data workers start."""
-        self._guard(runner.train_dataloader.dataset, self.max_skipped, 'training')
+        """Guard the validation data before the data workers start."""
         if runner.val_loop is not None:
             self._guard(runner.val_dataloader.dataset, 0, 'validation')
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Guard a pipeline that another hook has put in place for this epoch."""
+        """Guard the training data, with a pipeline that a hook may just have put in place."""
         self._guard(runner.train_dataloader.dataset, self.max_skipped, 'training')
 
     def before_test(self, runner: Runner) -> None:
