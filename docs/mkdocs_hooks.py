@@ -18,19 +18,14 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / 'docs'
 PAGES = {'README.md': 'index.md', 'CONTRIBUTING.md': 'contributing.md'}
-ZOO = re.compile(r'<details>\n<summary>(.*?)</summary>\n(.*?)</details>\n', re.DOTALL)
 LINK = re.compile(r'\[([^][]*)\]\(([^)\s#]+)(#[^)\s]*)?\)')
 ROLE = re.compile(r':(?:attr|class|data|func|meth|mod):(?=<code>)')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in ``docs/``."""
-    readme = (ROOT / 'README.md').read_text()
-    contents = {page: (ROOT / name).read_text() for name, page in PAGES.items()}
-    contents['index.md'] = ZOO.sub(r'[\1](docs/zoo.md)\n', readme)
-    contents['zoo.md'] = '# Model zoo\n' + ZOO.search(readme).group(2)
-    for page, content in contents.items():
-        files.append(File.generated(config, page, content=content))
+    for name, page in PAGES.items():
+        files.append(File.generated(config, page, content=(ROOT / name).read_text()))
     return files
 
 

@@ -2,17 +2,18 @@
 
     python tools/get_flops.py configs/svit_maskrcnn_coco.py
     python tools/get_flops.py configs/svit_maskrcnn_coco.py --shape 640 640
-    python tools/get_flops.py model-index.yml --markdown docs/complexity.md --zoo README.md
+    python tools/get_flops.py model-index.yml --markdown docs/complexity.md --zoo docs/zoo.md
 
 A metafile, or an index of them, stands for the configs that it lists, and brings the paper's
 figures.
 --zoo replaces what is between the lines "<!-- zoo: begin -->" and "<!-- zoo: end -->" by tables of
-the configs with their results, as README.md has them.
+the configs with their results, as docs/zoo.md has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -157,8 +158,11 @@ def markdown_page(results: list[tuple[MetafileEntry, ConfigFlopCounts]]) -> str:
     return '\n'.join(lines)
 
 
-def zoo_tables(results: list[tuple[MetafileEntry, ConfigFlopCounts]]) -> str:
-    """A table of the configs of each metafile, with their results beside the paper's."""
+def zoo_tables(results: list[tuple[MetafileEntry, ConfigFlopCounts]], folder: Path) -> str:
+    """A table of the configs of each metafile, with their results beside the paper's.
+
+    Links lead from a file in ``folder``.
+    """
     collections: dict[str, list] = {}
     for entry, figures in results:
         collections.setdefault(entry.collection, []).append((entry, figures))
@@ -173,7 +177,7 @@ def zoo_tables(results: list[tuple[MetafileEntry, ConfigFlopCounts]]) -> str:
         for entry, figures in members:
             model = figures.model
             cells = [
-                f'[{entry.config.stem}]({entry.config})',
+                f'[{entry.config.stem}]({Path(os.path.relpath(entry.config, folder)).as_posix()})',
                 f'{model.parameters / 1e6:.1f}',
                 f'{model.layers / 1e9:.1f} / {model.total / 1e9:.1f}',
                 list_metrics(entry.paper),
@@ -210,7 +214,7 @@ def main() -> None:
         args.markdown.write_text(markdown_page(results))
         print(f'wrote {args.markdown}')
     if args.zoo is not None:
-        tables = f'{ZOO_BEGIN}\n{zoo_tables(results)}\n\n{ZOO_END}'
+        tables = f'{ZOO_BEGIN}\n{zoo_tables(results, args.zoo.parent)}\n\n{ZOO_END}'
         args.zoo.write_text(ZOO.sub(lambda _: tables, args.zoo.read_text()))
         print(f'updated {args.zoo}')
 
