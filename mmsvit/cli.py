@@ -156,6 +156,7 @@ GUARDS = dict(
     stop_signal='mmsvit.StopSignalHook',
     non_finite='mmsvit.NonFiniteHook',
     bad_samples='mmsvit.BadSamplesHook',
+    run_record='mmsvit.RunRecordHook',
 )
 
 

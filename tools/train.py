@@ -41,6 +41,16 @@ def parse_args() -> argparse.Namespace:
         help='resume from this checkpoint, or from the latest valid one in the work folder if no '
         'checkpoint is named',
     )
+    parser.add_argument(
+        '--force-resume',
+        action='store_true',
+        help='resume although settings differ that cannot be changed in a run',
+    )
+    parser.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='train in a work folder with checkpoints of another run, and replace them by name',
+    )
     parser.add_argument('--amp', action='store_true', help='train in mixed precision (needs a GPU)')
     parser.add_argument(
         '--auto-scale-lr',
@@ -103,6 +113,11 @@ def main() -> None:
     check_writable(cfg.work_dir)
     apply_options(cfg, args)
     add_guards(cfg)
+    for option in ('force_resume', 'overwrite'):
+        if getattr(args, option):
+            if 'run_record' not in cfg.default_hooks:
+                raise SystemExit(f'--{option.replace("_", "-")} needs default_hooks.run_record')
+            cfg.default_hooks.run_record[option] = True
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
 

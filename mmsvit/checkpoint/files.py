@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -21,6 +22,7 @@ PARTIAL = '.partial'  # suffix while a file is being written
 MAX_ITERATIONS = 10**12
 WARN = ('current', logging.WARNING)
 NUMBERED = ('epoch_*.pth', 'iter_*.pth')  # not best_*.pth, which have no optimizer state
+RUN_FILE = 'run.json'  # what the run of a work folder is; RunRecordHook writes it
 
 
 class AtomicLocalBackend(LocalBackend):
@@ -94,15 +96,43 @@ def check_writable(folder: str | Path) -> None:
         ) from error
 
 
+def read_run_file(folder: str | Path) -> dict:
+    """What the run of a work folder is; empty if it does not say, or not so that it can be read."""
+    path = Path(folder, RUN_FILE)
+    try:
+        run = json.loads(path.read_text())
+        if not isinstance(run, dict):
+            raise ValueError(f'expected an object, found {type(run).__name__}')
+        return run
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        print_log(f'{path} is ignored: {error}'[:300], *WARN)
+        return {}
+
+
+def run_checkpoints(folder: str | Path) -> list[Path]:
+    """The numbered checkpoints of a work folder, and of the folder that its run writes them to."""
+    found = {path for pattern in NUMBERED for path in Path(folder).glob(pattern)}
+    place = read_run_file(folder).get('checkpoints')
+    if isinstance(place, dict):
+        try:
+            names = Path(str(place.get('pattern'))).name
+            found |= set(Path(folder, str(place.get('folder'))).glob(names))
+        except (OSError, ValueError, NotImplementedError) as error:
+            print_log(f'checkpoints in {Path(folder, RUN_FILE)} is ignored: {error}'[:300], *WARN)
+    return sorted(found)
+
+
 def newest_valid_checkpoint(folder: str | Path) -> str | None:
-    """The valid checkpoint of a work folder with the most iterations.
+    """The valid checkpoint of a work folder's run with the most iterations.
 
     ``last_checkpoint`` does not decide: it is outdated if a run died right after writing a
-    checkpoint, and the folder may have been moved or copied. Its path is used only if the folder
-    itself has no checkpoint, as with ``out_dir`` of the checkpoint hook.
+    checkpoint, and the folder may have been moved or copied. Its path is used only if there is no
+    other. Checkpoints of another run than ``run.json`` names do not count.
 
     Args:
-        folder: Where a runner left ``epoch_*.pth`` or ``iter_*.pth``.
+        folder: The work folder of a run.
 
     Returns:
         Its path; None if there is no checkpoint, valid or not.
@@ -113,12 +143,17 @@ def newest_valid_checkpoint(folder: str | Path) -> str | None:
         ValueError: There are checkpoints, but none can be used.
     """
     folder = Path(folder)
-    candidates = {path for pattern in NUMBERED for path in folder.glob(pattern)}
+    candidates = set(run_checkpoints(folder))
     candidates |= set(_named_as_last(folder / 'last_checkpoint', bool(candidates)))
+    run = read_run_file(folder).get('id')
     problems, iterations = {}, {}
     for path in candidates:
         try:
-            iterations[path] = _progress(path)
+            progress, belongs_to = _progress_and_run(path)
+            if run is not None and belongs_to not in (run, None):
+                print_log(f'{path} is of another run, and is not resumed from', *WARN)
+            else:
+                iterations[path] = progress
         except UnsafeCheckpointError as error:
             raise UnsafeCheckpointError(
                 f'{error} Training saves such a file only if a hook of your own puts objects into '
@@ -168,8 +203,8 @@ def _named_as_last(file: Path, has_others: bool) -> Iterator[Path]:
         print_log(f'{file} is ignored: it names no file ({error})'[:300], *WARN)
 
 
-def _progress(path: Path) -> tuple[int, int]:
-    """Iterations and epochs at which a checkpoint was saved.
+def _progress_and_run(path: Path) -> tuple[tuple[int, int], str | None]:
+    """Iterations and epochs at which a checkpoint was saved, and the run's identity, if it has one.
 
     Raises:
         ValueError: They are not said, or cannot be.
@@ -184,4 +219,5 @@ def _progress(path: Path) -> tuple[int, int]:
     progress = meta.get('iter'), meta.get('epoch')
     if not all(type(done) is int and 0 <= done <= MAX_ITERATIONS for done in progress):
         raise ValueError(f'meta.iter and meta.epoch must be whole numbers, found {progress}'[:200])
-    return progress
+    run = meta.get('run')
+    return progress, run.get('id') if isinstance(run, dict) else None

@@ -36,4 +36,5 @@ default_hooks = dict(
     stop_signal=dict(type='mmsvit.StopSignalHook'),
     non_finite=dict(type='mmsvit.NonFiniteHook'),
     bad_samples=dict(type='mmsvit.BadSamplesHook'),
+    run_record=dict(type='mmsvit.RunRecordHook'),
 )

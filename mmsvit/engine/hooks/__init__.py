@@ -5,6 +5,7 @@ from .check_dataset_hook import CheckDatasetHook
 from .deploy_hook import DeployHook
 from .exact_resume_hook import ExactResumeHook
 from .non_finite_hook import NonFiniteHook
+from .run_record_hook import RunRecordHook
 from .safe_checkpoint_hook import SafeCheckpointHook
 from .stop_signal_hook import StopSignalHook
 from .strict_checkpoint_hook import StrictCheckpointHook
@@ -16,6 +17,7 @@ __all__ = [
     'DeployHook',
     'ExactResumeHook',
     'NonFiniteHook',
+    'RunRecordHook',
     'SafeCheckpointHook',
     'StopSignalHook',
     'StrictCheckpointHook',

@@ -98,6 +98,8 @@ class SafeCheckpointHook(CheckpointHook):
         """
         register_backend('local', AtomicLocalBackend, force=True, prefixes='')
         super().before_train(runner)
+        if runner._resume:  # A signal in a first evaluation can end the run at once.
+            self.saved_iter, self.last_ckpt = runner.iter, runner._load_from
         self._check_save_best(runner)
         if self.save_best:  # Of the resumed run: only files of this folder count.
             self._set_best_paths({k: self._own(path) for k, path in self._best_paths().items()})
