@@ -115,7 +115,8 @@ def main() -> None:
     checkpoint = None if args.retrain else latest_checkpoint()
     if checkpoint is None:
         (WORK_DIR / 'finished').unlink(missing_ok=True)
-        seconds['training'] = run('2/4 Training', 'tools/train.py', CONFIG, '--work-dir', WORK_DIR)
+        training = ('tools/train.py', CONFIG, '--work-dir', WORK_DIR, '--overwrite')
+        seconds['training'] = run('2/4 Training', *training)
         (WORK_DIR / 'finished').write_text(settings())
         checkpoint = latest_checkpoint()
     else:
