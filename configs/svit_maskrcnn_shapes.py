@@ -72,6 +72,7 @@ model = dict(
             num_iters=(1, 1, 1, 1),
             layer_scale=(None, None, None, None),
         ),
+        super_token_sizes=None,  # those of arch: the images are small
         drop_path_rate=0.0,
         norm_eval=False,
         init_cfg=None,

@@ -156,6 +156,19 @@ class Slow(Hook):
         time.sleep(0.3)
 
 
+@HOOKS.register_module()
+class NoteEvaluated(Hook):
+    """Write what each process evaluates: of averaged weights, where there are some."""
+
+    priority = 'LOWEST'
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        torch.save(
+            model.state_dict(), Path(runner.work_dir) / f'evaluated_{runner.iter}_{runner.rank}.pth'
+        )
+
+
 def toy_data(images: Path) -> dict:
     """The config of the images."""
     pipeline = [
@@ -244,8 +257,14 @@ def main() -> None:
     parser.add_argument('--evaluate', action='store_true')
     parser.add_argument('--interval', type=int, default=1, help='epochs between checkpoints')
     parser.add_argument('--distributed', action='store_true')
+    parser.add_argument('--note-evaluated', action='store_true')
+    parser.add_argument('--average', action='store_true')
     args = parser.parse_args()
     hooks = [dict(type='DieInWrite', number=args.die_in_write)] if args.die_in_write else []
+    if args.note_evaluated:
+        hooks.append(dict(type='NoteEvaluated'))
+    if args.average:
+        hooks.append(dict(type='EMAHook', momentum=0.3))
     if args.slow:
         hooks.append(dict(type='Slow'))
     changes = {'train_dataloader.num_workers': args.workers}

@@ -4,3 +4,5 @@ _base_ = [
     '../_base_/schedules/coco_adamw_1x.py',
     '../_base_/coco_runtime.py',
 ]
+# As PVT, BiFormer and RMT with RetinaNet.
+optim_wrapper = dict(optimizer=dict(weight_decay=1e-4))

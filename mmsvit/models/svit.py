@@ -69,7 +69,6 @@ class SuperTokenBlock(nn.Module):
 
     Args:
         layer_scale: Initial value of the layer scale; None for none.
-        drop_path_rate: Stochastic depth rate of this block.
 
     See :class:`SuperTokenAttention` and :class:`SViT` for the other arguments.
     """
@@ -86,7 +85,6 @@ class SuperTokenBlock(nn.Module):
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
         norm_cfg: dict = dict(type='BN'),
         token_sampling: str = 'super_token',
         pos_embed: bool = True,
@@ -113,7 +111,7 @@ class SuperTokenBlock(nn.Module):
         self.ffn = ConvFFN(
             embed_dims, int(embed_dims * mlp_ratio), drop_rate, conv_ffn, ops_backend
         )
-        self.drop_path = DropPath(drop_path_rate)
+        self.drop_path = DropPath(0.0)  # SViT sets it.
         self.deployed = False
         self.gamma_1 = self.gamma_2 = None
         if layer_scale is not None:
@@ -384,11 +382,8 @@ class SViT(BaseModule):
         self.pos_drop = nn.Dropout(drop_rate)
 
         num_stages = max(self.out_indices) + 1
-        steps = max(sum(depths) - 1, 1)
-        drop_path_rates = [drop_path_rate * i / steps for i in range(sum(depths))]
         self.stages = nn.ModuleList()
         for i in range(num_stages):
-            first = sum(depths[:i])
             blocks = [
                 SuperTokenBlock(
                     embed_dims=embed_dims[i],
@@ -400,14 +395,13 @@ class SViT(BaseModule):
                     qkv_bias=qkv_bias,
                     drop_rate=drop_rate,
                     attn_drop_rate=attn_drop_rate,
-                    drop_path_rate=rate,
                     norm_cfg=norm_cfg,
                     token_sampling=token_sampling,
                     pos_embed=pos_embed,
                     conv_ffn=conv_ffn,
                     ops_backend=ops_backend,
                 )
-                for rate in drop_path_rates[first : first + depths[i]]
+                for _ in range(depths[i])
             ]
             downsample = None
             if i + 1 < num_stages:
@@ -421,7 +415,15 @@ class SViT(BaseModule):
         if out_norm_cfg is not None:
             for i in self.out_indices:
                 self.out_norms[str(i)] = self._build_out_norm(out_norm_cfg, embed_dims[i])
+        self.set_drop_path_rate(drop_path_rate)
         self._freeze_stages()
+
+    def set_drop_path_rate(self, rate: float) -> None:
+        """Set the stochastic depth rate of the last block; it rises linearly from 0."""
+        steps = max(sum(self.arch['depths']) - 1, 1)
+        drops = [module for module in self.stages.modules() if isinstance(module, DropPath)]
+        for i, drop in enumerate(drops):
+            drop.drop_prob = rate * i / steps
 
     @staticmethod
     def _build_out_norm(out_norm_cfg: dict, channels: int) -> nn.Module:

@@ -72,11 +72,17 @@ def resolve_arch(
             f'arch has wrong keys: missing {sorted(keys - set(arch))}, '
             f'unknown {sorted(set(arch) - keys)}; a dict needs exactly {sorted(keys)}'
         )
+    own = arch not in ARCHS.values()
     arch = dict(arch)
-    if super_token_sizes is not None:
-        arch['super_token_sizes'] = super_token_sizes
-    if num_iters is not None:
-        arch['num_iters'] = num_iters
+    for key, value in (('super_token_sizes', super_token_sizes), ('num_iters', num_iters)):
+        if value is None:
+            continue
+        if own and list(arch[key]) != list(value):
+            raise ValueError(
+                f'{key} is set twice: {arch[key]} in arch, {value} beside it. Keep one; '
+                f'{key}=None beside it keeps that of arch'
+            )
+        arch[key] = value
     for key, values in arch.items():
         if not isinstance(values, (list, tuple)) or len(values) != NUM_STAGES:
             raise ValueError(

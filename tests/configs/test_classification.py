@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ import torch
 from conftest import GOLDEN, ROOT, golden_arch, run_python, small_arch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
 from torch.nn import functional as F
@@ -166,7 +167,7 @@ def test_imagenet_config_is_the_published_setting(path):
     assert abs(parameters - expected) <= 0.01 * expected
     assert model.backbone.norm_eval == model.neck.norm_eval == fine_tuning
     assert model.backbone.stages[3].blocks[-1].drop_path.drop_prob == pytest.approx(
-        0 if fine_tuning else {'small': 0.1, 'base': 0.4, 'large': 0.6}[arch]
+        0 if fine_tuning else {'small': 0.1, 'base': 0.4, 'large': 0.4}[arch]
     )
     optimizer = cfg.optim_wrapper.optimizer
     assert optimizer.type == 'AdamW'
@@ -225,13 +226,23 @@ def test_imagenet_config_takes_a_step(path):
     assert predicted[0].pred_score.shape == (1000,)
 
 
-def test_no_weight_decay_on_norms_biases_and_layer_scale():
-    cfg = small_imagenet_config(IMAGENET[0])
-    model = build(cfg.model)
-    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
-    decay = {id(group['params'][0]): group['weight_decay'] for group in groups}
-    for name, parameter in model.named_parameters():
-        assert decay[id(parameter)] == (0 if parameter.ndim == 1 else 0.05), name
+def test_the_learning_rate_is_the_authors_in_each_of_the_300_epochs():
+    """Timm's CosineLRScheduler (warm-up of 5 without prefix), stepped after each epoch with its number."""
+    cfg = Config.fromfile(IMAGENET[0])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
+    schedulers = [
+        PARAM_SCHEDULERS.build(each, default_args=dict(optimizer=optimizer, end=300))
+        for each in cfg.param_scheduler
+    ]
+    for epoch in range(300):
+        t = max(epoch - 1, 0)
+        expected = 1e-6 + t * (1e-3 - 1e-6) / 5
+        if t >= 5:
+            expected = 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * t / 300)) / 2
+        assert optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-12), epoch
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
 
 
 # --- data ---------------------------------------------------------------------------------

@@ -738,6 +738,27 @@ def test_all_processes_stop_at_the_same_iteration(images, tmp_path):
 
 @pytest.mark.promise(
     'Runs',
+    'All ranks evaluate what is saved, batch norm statistics included',
+    '2 processes, with and without averaged weights',
+)
+@pytest.mark.slow
+@pytest.mark.parametrize('average', [False, True])
+def test_what_is_saved_is_what_was_evaluated(average, images, tmp_path):
+    options = ['--evaluate', '--note-evaluated', *['--average'] * average]
+    codes, said = end_of(start_two(tmp_path, images, *options))
+    assert codes == [0, 0], said
+    for epoch in (1, 2, 3):
+        saved = torch.load(tmp_path / f'epoch_{epoch}.pth', weights_only=True)
+        saved = saved['state_dict']
+        for rank in (0, 1):
+            path = tmp_path / f'evaluated_{epoch * IMAGES // BATCH // 2}_{rank}.pth'
+            evaluated = torch.load(path, weights_only=True)
+            assert evaluated.keys() == saved.keys()
+            assert all(torch.equal(evaluated[key], saved[key]) for key in saved), (epoch, rank)
+
+
+@pytest.mark.promise(
+    'Runs',
     'Ranks that disagree on the checkpoint to resume from all stop with a message',
     '2 processes, of which one has a checkpoint',
 )

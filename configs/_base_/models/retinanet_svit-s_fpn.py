@@ -5,6 +5,8 @@ model = dict(
         _delete_=True,
         type='mmsvit.SViT',
         arch='small',
+        # Not the classifier's 8 4 1 1: docs/recipes.md has the evidence.
+        super_token_sizes=(16, 8, 1, 1),
         drop_path_rate=0.15,
         # The pyramid starts at stride 8. An output that nothing uses would leave its norm
         # without a gradient, which a distributed run does not accept.

@@ -1,4 +1,5 @@
-# The authors published no settings for segmentation: these are Swin's for UperNet.
+# The authors published no settings for segmentation: these are Swin's values for
+# UperNet, with no decay of biases.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),

@@ -1,6 +1,7 @@
 _base_ = 'mmdet::_base_/schedules/schedule_1x.py'
 
-# The authors published no settings for detection: these are Swin's.
+# The authors published no settings for detection: these are Swin's values, with
+# no decay of biases.
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',

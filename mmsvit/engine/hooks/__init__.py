@@ -3,6 +3,7 @@
 from .bad_samples_hook import BadSamplesHook
 from .check_dataset_hook import CheckDatasetHook
 from .deploy_hook import DeployHook
+from .drop_path_hook import DropPathHook
 from .exact_resume_hook import ExactResumeHook
 from .non_finite_hook import NonFiniteHook
 from .run_record_hook import RunRecordHook
@@ -15,6 +16,7 @@ __all__ = [
     'BadSamplesHook',
     'CheckDatasetHook',
     'DeployHook',
+    'DropPathHook',
     'ExactResumeHook',
     'NonFiniteHook',
     'RunRecordHook',

@@ -11,10 +11,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
+from mmengine.dist import (
+    all_gather_object,
+    broadcast,
+    broadcast_object_list,
+    is_distributed,
+    is_main_process,
+)
 from mmengine.evaluator import Evaluator
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.runner import Runner
 
 from ...checkpoint.files import AtomicLocalBackend, check_writable, newest_valid_checkpoint
@@ -49,6 +55,8 @@ class SafeCheckpointHook(CheckpointHook):
     - Files that ``max_keep_ckpts`` or a better result replaces are removed afterwards.
     - Automatic resumption uses the latest valid checkpoint, read in torch's weights-only mode.
     - Weights that are not finite are never saved.
+    - Ranks that have batch norm statistics of their own all evaluate those that are saved, which
+      are rank 0's, as in torch's ``DistributedDataParallel``.
     """
 
     saved_iter: int | None = None  # iterations done at the last checkpoint of this process
@@ -120,6 +128,19 @@ class SafeCheckpointHook(CheckpointHook):
                     f'default_hooks.checkpoint.save_best={key!r} names no metric of '
                     f'val_evaluator; its metrics begin with {", ".join(map("{}/".format, prefixes))}'
                 )
+
+    def before_val(self, runner: Runner) -> None:
+        """Let all ranks evaluate what is saved, with the batch norm statistics of rank 0.
+
+        MMEngine's ``SyncBuffersHook`` averages them, after epochs alone, and a run that a signal
+        stops in between would go on with others.
+        """
+        if not is_distributed():
+            return
+        averages = [hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)]
+        for model in (runner.model, *averages):
+            for buffer in model.buffers():
+                broadcast(buffer)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to save weights that are not finite.

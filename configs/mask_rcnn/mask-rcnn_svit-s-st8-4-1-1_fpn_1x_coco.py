@@ -1,0 +1,4 @@
+_base_ = './mask-rcnn_svit-s_fpn_1x_coco.py'
+
+# The classifier's super token sizes; docs/recipes.md says why they are not the default.
+model = dict(backbone=dict(super_token_sizes=(8, 4, 1, 1)))
