@@ -292,10 +292,10 @@ class SViT(BaseModule):
         arch: ``'small'``, ``'base'`` or ``'large'`` (:data:`ARCHS`), or a dict with
             ``embed_dims, depths, num_heads, super_token_sizes, num_iters, layer_scale``,
             four entries each.
-        super_token_sizes: Overrides those of ``arch``: four ints or (height, width)
+        super_token_sizes: In place of those of a named ``arch``: four ints or (height, width)
             pairs, in tokens of the stage. A larger size is cheaper. All of 1 is plain
             global attention.
-        num_iters: Overrides the sampling iterations of ``arch``: four ints.
+        num_iters: In place of the sampling iterations of a named ``arch``: four ints.
         token_sampling: ``'super_token'``, or ``'average_pool'`` for the mean of each cell
             in place of association, an ablation.
         pos_embed: Whether blocks begin with the convolutional position embedding; off
@@ -375,6 +375,7 @@ class SViT(BaseModule):
         self.norm_eval = norm_eval
         self.ops_backend = ops_backend
         self.deployed = False
+        self._warned = False
         embed_dims, depths = arch['embed_dims'], arch['depths']
         self.embed_dims = embed_dims
 
@@ -594,6 +595,8 @@ class SViT(BaseModule):
                 f'SViT expects images of {MIN_INPUT_SIZE}x{MIN_INPUT_SIZE} pixels or more, '
                 f'found {x.shape[2]}x{x.shape[3]}; resize or pad them'
             )
+        if not (self._warned or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            self._warn_of_large_cells(*x.shape[2:])
         x = self.stem(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
         x = self.pos_drop(x)
         outputs = []
@@ -604,6 +607,23 @@ class SViT(BaseModule):
             if stage.downsample is not None:
                 x = channels_last(stage.downsample, x)
         return tuple(outputs)
+
+    def _warn_of_large_cells(self, height: int, width: int) -> None:
+        """Say once if a stage's map is smaller than its super tokens: what is left is padding."""
+        for i in range(len(self.stages)):
+            stride, cell = 4 * 2**i, self.arch['super_token_sizes'][i]
+            size = -(-height // stride), -(-width // stride)
+            if cell[0] > size[0] or cell[1] > size[1]:
+                self._warned = True
+                print_log(
+                    f'SViT: super tokens of {cell[0]}x{cell[1]} tokens are larger than the map of '
+                    f'stage {i + 1}, {size[0]}x{size[1]} tokens of an image of {height}x{width} '
+                    'pixels: most of a super token is padding. For such images, set smaller '
+                    'super_token_sizes in the backbone.',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+                return
 
     def _output(self, stage: int, x: Tensor) -> Tensor:
         """(N, H, W, C) -> contiguous (N, C, H, W), normalised if there is an output norm."""

@@ -77,7 +77,7 @@ def resolve_arch(
     for key, value in (('super_token_sizes', super_token_sizes), ('num_iters', num_iters)):
         if value is None:
             continue
-        if own and list(arch[key]) != list(value):
+        if own and isinstance(value, (list, tuple)) and list(arch[key]) != list(value):
             raise ValueError(
                 f'{key} is set twice: {arch[key]} in arch, {value} beside it. Keep one; '
                 f'{key}=None beside it keeps that of arch'

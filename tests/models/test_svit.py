@@ -189,13 +189,34 @@ def test_arguments_arrive():
     assert block.attn.attend.qkv.bias is None and block.attn.attend.attn_drop_rate == 0.2
     assert block.ffn.drop.p == block.attn.attend.proj_drop.p == model.pos_drop.p == 0.1
     assert len(model(images(channels=5))) == 4
-    wider = make(super_token_sizes=(8, 4, (2, 1), 1))
+    wider = SViT(super_token_sizes=(8, 4, (2, 1), 1))
     assert [stage.blocks[0].attn.super_token_size for stage in wider.stages] == [
         (8, 8),
         (4, 4),
         (2, 1),
         (1, 1),
     ]
+
+
+def test_super_tokens_larger_than_a_map_are_warned_of_once(monkeypatch):
+    said = []
+    monkeypatch.setattr('mmsvit.models.svit.print_log', lambda text, **_: said.append(text))
+    model = make(arch=small_arch(super_token_sizes=(16, 8, 1, 1))).eval()
+    model(images(64, 64))
+    assert not said  # 16x16 tokens in stage 1
+    for _ in range(2):
+        model(images(64, 40))
+    (text,) = said
+    assert '16x16 tokens are larger than the map of stage 1, 16x10 tokens' in text
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'), [('super_token_sizes', (4, 2, 1, 1)), ('num_iters', (3,) * 4)]
+)
+def test_settings_given_twice_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf'{key} is set twice.*{key}=None'):
+        SViT({**small_arch(), key: (1, 1, 2, 2)}, **{key: value})
+    SViT({**small_arch(), key: value}, **{key: value})
 
 
 def test_layer_depth_covers_every_parameter():
@@ -227,8 +248,11 @@ def test_layer_depth_covers_every_parameter():
         (dict(arch=small_arch(num_heads=(3, 2, 2, 3))), '3 does not divide 8'),
         (dict(arch=small_arch(embed_dims=(9, 12, 16, 24), num_heads=(3, 2, 2, 3))), 'even'),
         (dict(arch=small_arch(layer_scale=(None, True, None, None))), 'layer_scale holds'),
-        (dict(super_token_sizes=(8, 4, 0, 1)), 'super_token_sizes must be'),
-        (dict(super_token_sizes=(8, 4, (1, 2, 3), 1)), 'super_token_sizes must be'),
+        (dict(arch='small', super_token_sizes=(8, 4, 0, 1)), 'super_token_sizes must be'),
+        (
+            dict(arch='small', super_token_sizes=(8, 4, (1, 2, 3), 1)),
+            'super_token_sizes must be',
+        ),
         (dict(super_token_sizes=8), 'super_token_sizes needs 4 entries'),
         (dict(out_indices=(0, 4)), 'out_indices must be'),
         (dict(out_indices=()), 'out_indices must be'),
@@ -274,8 +298,8 @@ def test_bad_images_are_refused(batch, message):
         (dict(pos_embed=False), 'pos_embed'),
         (dict(conv_ffn=False), 'ffn.dwconv'),
         (dict(token_sampling='average_pool'), None),
-        (dict(num_iters=(3, 1, 1, 1)), None),
-        (dict(super_token_sizes=(1, 1, 1, 1)), None),
+        (dict(arch=small_arch(num_iters=(3, 1, 1, 1))), None),
+        (dict(arch=small_arch(super_token_sizes=(1, 1, 1, 1))), None),
     ],
 )
 def test_ablations(switch, absent):
