@@ -44,7 +44,7 @@ def exportable(name: str, part: str = 'model', **arguments: object) -> nn.Module
 
 def retinanet() -> nn.Module:
     cfg = Config.fromfile(CONFIGS / 'retinanet' / 'retinanet_svit-s_fpn_1x_coco.py')
-    cfg.model.backbone.update(arch=small_arch(), init_cfg=None)
+    cfg.model.backbone.update(arch=small_arch(), super_token_sizes=None, init_cfg=None)
     cfg.model.neck.update(in_channels=[12, 16, 24], out_channels=8)
     cfg.model.bbox_head.update(in_channels=8, feat_channels=8, num_classes=3)
     cfg.model.test_cfg.score_thr = 0.0  # An untrained head is sure of nothing.
@@ -122,7 +122,9 @@ def test_bgr_models_get_bgr():
 
 def test_a_model_without_an_exportable_whole_names_what_there_is():
     cfg = Config.fromfile(CONFIGS / 'dino' / 'dino-4scale_svit-s_8xb2-12e_coco.py')
-    cfg.model.backbone.update(arch=small_arch(), init_cfg=None, out_indices=(1, 2, 3))
+    cfg.model.backbone.update(
+        arch=small_arch(), super_token_sizes=None, init_cfg=None, out_indices=(1, 2, 3)
+    )
     cfg.model.neck.in_channels = [12, 16, 24]
     with pytest.raises(
         ValueError, match=r"DINO cannot be exported as 'model'.*'neck' or 'backbone'"
@@ -135,7 +137,7 @@ def test_a_segmentor_of_masks_and_not_of_pixels_is_not_exported_whole():
     cfg = Config.fromfile(
         CONFIGS / 'mask2former' / 'svit-s_mask2former_8xb2-160k_ade20k-512x512.py'
     )
-    cfg.model.backbone.update(arch=small_arch(), init_cfg=None)
+    cfg.model.backbone.update(arch=small_arch(), super_token_sizes=None, init_cfg=None)
     cfg.model.decode_head.in_channels = [8, 12, 16, 24]
     with pytest.raises(ValueError, match=r"EncoderDecoder with a Mask2FormerHead .*'backbone'"):
         build_exportable(cfg)
