@@ -15,9 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 from mmengine.config import Config
 from mmengine.registry import METRICS
@@ -46,8 +46,7 @@ class ClassIoUMetric(IoUMetric):
         return metrics | {f'IoU.{name}': round(iou, 2) for name, iou in zip(names, ious)}
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One training run; the name is that of its folder."""
 
     model: str
@@ -123,7 +122,7 @@ def train(base: Config, candidate: Candidate, one: Run, out: Path) -> dict:
     if not one.search:
         metrics = runner.test()
     result = dict(
-        asdict(one),
+        one._asdict(),
         metrics={key: float(value) for key, value in metrics.items()},
         parameters=sum(p.numel() for p in runner.model.backbone.parameters()),
         seconds_per_iteration=median(curves['time'][1]),
@@ -206,11 +205,16 @@ def main() -> None:
     args = parse_args()
     register_all_modules()
     base = read_config(args.config, args.cfg_options)
+    if args.search_iters <= base.param_scheduler[-1].begin:
+        raise SystemExit(
+            f'--search-iters {args.search_iters} is over before the warm-up of {args.config} is, '
+            f'after {base.param_scheduler[-1].begin}'
+        )
     check_data(base, ('train', 'val', 'test'))
     for results in compare(args, base):
         AtomicLocalBackend().put_text(markdown(results, args.lrs), args.out / 'README.md')
         first = min(args.seeds)
-        final = [Run(**{key: result[key] for key in Run.__annotations__}) for result in results]
+        final = [Run(**{key: result[key] for key in Run._fields}) for result in results]
         curves = {
             one.model: read_curves(args.out / one.name)
             for one in final

@@ -376,7 +376,10 @@ class _SplitInspection:
             content = get(path, backend_args=backend_args)
             return mmcv.imfrombytes(content, flag=flag, backend='pillow'), content
         except Exception as error:  # Decoders raise anything.
-            self.error(f'{what} that cannot be decoded', f'{path}: {_describe(error)}')
+            why = _describe(error)
+            if content.startswith(b'version https://git-lfs'):
+                why = 'a pointer of Git LFS in place of the file, which "git lfs pull" brings'
+            self.error(f'{what} that cannot be decoded', f'{path}: {why}')
             return None, content
 
     def check_heads(self) -> None:
