@@ -157,6 +157,10 @@ class Reader:
             check_pip(arguments)
         elif program == 'uv':  # As the file that it writes says itself.
             assert shlex.join(words) in (ROOT / arguments[-1]).read_text()
+        elif program == 'git':  # Into where a config looks for it.
+            _, url, folder = arguments
+            dataset = (ROOT / 'configs/_base_/datasets/camvid.py').read_text()
+            assert url.removeprefix('https://') in dataset and folder in dataset
         elif program == 'source':
             assert arguments == ['.venv/bin/activate']
         else:

@@ -19,6 +19,7 @@ train_pipeline = [
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(batch_size=4, num_workers=1, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(num_workers=1, dataset=dict(indices=50))  # half of them
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(drop_path_rate=0.0, init_cfg=None),

@@ -125,3 +125,24 @@ def test_a_comparison_writes_its_tables_and_goes_on(tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob('out/*/result.json')}
     tool.main()
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_super_tokens_are_measured_beside_a_grid(tmp_path, monkeypatch):
+    tool = import_tool('measure_super_tokens')
+    make_data(tmp_path / 'data', 'public')
+    small_config(tmp_path / 'data', 'public').dump(tmp_path / 'config.py')
+    out = tmp_path / 'table.md'
+    arguments = ['measure_super_tokens.py', str(tmp_path / 'config.py'), '--no-slic', '--debug']
+    monkeypatch.setattr('sys.argv', [*arguments, '--out', str(out)])
+    tool.main()
+    rows = [line.split(' | ') for line in out.read_text().splitlines()[2:]]
+    names = [row[0].removeprefix('| ') for row in rows]
+    # Cells of 4x4 tokens of stride 4, and of 2x3 of stride 8.
+    cells = ['16x16', '16x24']
+    assert names == [
+        name
+        for i, cell in enumerate(cells)
+        for name in (f'super tokens of stage {i + 1}', f'grid of {cell} pixels')
+    ]
+    assert [int(row[1]) for row in rows[1::2]] == [4 * 6, 4 * 4]
+    assert all(0 <= float(value.strip(' |')) <= 100 for row in rows for value in row[2:])
