@@ -13,7 +13,11 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmsvit',
-    locations=['mmsvit.models.svit', 'mmsvit.models.projection_pooling'],
+    locations=[
+        'mmsvit.models.svit',
+        'mmsvit.models.projection_pooling',
+        'mmsvit.models.float32_parts',
+    ],
 )
 HOOKS = Registry(
     'hook',

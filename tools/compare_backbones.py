@@ -33,7 +33,7 @@ from mmsvit.datasets.quick_checks import check_data
 from mmsvit.visualization.training_curves import draw_curves, read_curves
 
 
-@METRICS.register_module()
+@METRICS.register_module(force=True)
 class ClassIoUMetric(IoUMetric):
     """MMSegmentation's metric, and the IoU of each class."""
 

@@ -15,7 +15,11 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/stvit-small-224.pth'),
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
+    # Without mixed precision these are MMDetection's; with it, boxes stay exact.
+    rpn_head=dict(type='mmsvit.Float32RPNHead'),
     roi_head=dict(
+        bbox_roi_extractor=dict(type='mmsvit.Float32RoIExtractor'),
+        mask_roi_extractor=dict(type='mmsvit.Float32RoIExtractor'),
         # Four convolutions and one linear layer, as the published FLOPs need, with GIoU on
         # the decoded boxes, as Swin's Cascade has it. These start from scratch, hence SyncBN.
         bbox_head=[
@@ -42,6 +46,6 @@ model = dict(
                 [0.05, 0.05, 0.1, 0.1],
                 [0.033, 0.033, 0.067, 0.067],
             )
-        ]
+        ],
     ),
 )

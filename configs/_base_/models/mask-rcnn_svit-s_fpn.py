@@ -18,4 +18,10 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='checkpoints/stvit-small-224.pth'),
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
+    # Without mixed precision these are MMDetection's; with it, boxes stay exact.
+    rpn_head=dict(type='mmsvit.Float32RPNHead'),
+    roi_head=dict(
+        bbox_roi_extractor=dict(type='mmsvit.Float32RoIExtractor'),
+        mask_roi_extractor=dict(type='mmsvit.Float32RoIExtractor'),
+    ),
 )
