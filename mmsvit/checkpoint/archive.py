@@ -193,7 +193,11 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
         while True:
             code = data[at]
             size = ARGUMENT_SIZES.get(code, 0)
-            argument = data[at + 1] if size == 1 else int.from_bytes(data[at + 1 : at + 1 + size], 'little')
+            argument = (
+                data[at + 1]
+                if size == 1
+                else int.from_bytes(data[at + 1 : at + 1 + size], 'little')
+            )
             at += 1 + size
             if code in PUTS:
                 memo[argument] = stack[-1]

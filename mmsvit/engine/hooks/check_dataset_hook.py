@@ -58,7 +58,7 @@ def _check_part(runner: Runner, split: str, part: BaseDataset) -> None:
         classes = part.metainfo.get('classes')
         check_classes(split, part.ann_file, classes, type(part))
         if classes is not None:
-            for what, number in read_coco(part.ann_file)[1].items():
+            for what, number in read_coco(part.ann_file).left_out.items():
                 if number == 1:
                     what = what.replace('boxes', 'box').replace('images', 'image')
                 runner.logger.warning(f'{split} annotations {part.ann_file!r}: {number:,} {what}')
