@@ -15,6 +15,8 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import get_backend, is_distributed
 from mmengine.hooks import CheckpointHook
 
+from .datasets.report import printable
+
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that shows the docstring of a tool as it is written, with ``--debug`` for :func:`run`."""
@@ -218,4 +220,4 @@ def run(main: Callable[[], None]) -> None:
         torch.distributed.destroy_process_group()
         gc.collect()
     if status is not None:
-        sys.exit(status)
+        sys.exit(printable(status) if isinstance(status, str) else status)

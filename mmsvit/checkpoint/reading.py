@@ -23,6 +23,7 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from torch import Tensor
 
+from ..atomic_file import atomic_file
 from .archive import UnsafeStructureError, check_pickles, check_records, check_sums
 from .safe_globals import allow_runner_checkpoints
 
@@ -235,6 +236,9 @@ def save_weights(weights: Mapping[str, Tensor], path: Path, meta: dict[str, Any]
         # Copies: the format does not allow two names for the same memory.
         tensors = {key: value.contiguous().clone() for key, value in weights.items()}
         metadata = dict(format='pt', meta=json.dumps(meta))
-        _import_safetensors().torch.save_file(tensors, path, metadata=metadata)
+        package = _import_safetensors()
+        with atomic_file(path) as part:
+            package.torch.save_file(tensors, part, metadata=metadata)
     else:
-        torch.save(dict(state_dict=dict(weights), meta=meta), path)
+        with atomic_file(path) as part:
+            torch.save(dict(state_dict=dict(weights), meta=meta), part)

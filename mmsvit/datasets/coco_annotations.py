@@ -211,12 +211,13 @@ def _is_used(ann: dict, image: dict | None, left_out: Counter[str]) -> bool:
     """Whether MMDetection uses a box; those that it leaves out are counted."""
     if image is None or not image.get('width'):
         return False
-    box, area = ann.get('bbox'), ann.get('area', 1)
+    box: Any = ann.get('bbox')
+    area = ann.get('area', 1)
     try:
-        x, y, width, height = box  # type: ignore[misc]
-        if 0 <= x < image['width'] and 0 <= y < image['height'] and area > 0:
-            if 1 <= width < LARGEST and 1 <= height < LARGEST:
-                return True  # Nearly all.
+        x, y, width, height = box
+        in_image = 0 <= x < image['width'] and 0 <= y < image['height']
+        if in_image and 1 <= width < LARGEST and 1 <= height < LARGEST and area > 0:
+            return True  # Nearly all.
     except (TypeError, ValueError):
         return False
     if not _is_box(box):
