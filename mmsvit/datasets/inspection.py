@@ -27,12 +27,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.status import Status
+from torch import Tensor
 
 from ..atomic_file import atomic_file
 from .coco_annotations import check_coco_annotations, check_use, read_annotations
 from .label_maps import check_all_pixels, check_label_map
 from .quick_checks import (
     built_datasets,
+    check_batch,
     check_data,
     dataset_configs,
     evaluated_kinds,
@@ -438,7 +440,7 @@ class _SplitInspection:
 
     def check_pipeline(self, dataset: BaseDataset) -> int:
         """Load a few samples with the pipeline; return how many succeed."""
-        number = min(PIPELINE_SAMPLES, len(dataset))
+        number, images = min(PIPELINE_SAMPLES, len(dataset)), []
         chosen = np.sort(self.rng.choice(len(dataset), number, replace=False))
         loaded = 0
         for i in self.track(chosen, 'pipeline'):
@@ -456,6 +458,14 @@ class _SplitInspection:
                     "samples without 'inputs': end the pipeline with one such as PackDetInputs",
                     f'{i}: {list(sample) if isinstance(sample, dict) else type(sample).__name__}',
                 )
+            elif isinstance(sample['inputs'], Tensor):
+                images.append(sample['inputs'])
+        if self.split != 'train':
+            try:
+                batch_size = self.cfg[f'{self.split}_dataloader'].get('batch_size', 1)
+                check_batch(self.split, batch_size, dataset, images)
+            except ValueError as error:
+                self.error('batches that cannot be evaluated', str(error))
         return loaded
 
     def draw(self, dataset: BaseDataset, i: int, sample: dict) -> None:

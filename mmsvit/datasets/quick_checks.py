@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
+from torch import Tensor
 
 from .coco_annotations import CocoSummary, read_annotations, summarise
 
@@ -249,6 +250,28 @@ def built_datasets(dataset: object) -> Iterator[BaseDataset]:
         yield from built_datasets(dataset.dataset)
     elif isinstance(dataset, BaseDataset):
         yield dataset
+
+
+def check_batch(split: str, batch_size: int, dataset: object, inputs: Sequence[Tensor]) -> None:
+    """Check that images of label maps can be evaluated in batches.
+
+    Args:
+        split: For the message.
+        batch_size: Of the data loader.
+        dataset: Built, with its wrappers.
+        inputs: Some images as the pipeline gives them, ``(C, H, W)``.
+
+    Raises:
+        ValueError: They have several sizes, which MMSegmentation does not evaluate in one batch.
+    """
+    sizes = sorted({tuple(image.shape[-2:]) for image in inputs})
+    of_maps = any(hasattr(part, 'reduce_zero_label') for part in built_datasets(dataset))
+    if of_maps and batch_size > 1 and len(sizes) > 1:
+        raise ValueError(
+            f'{split} images have several sizes after the pipeline, such as '
+            f'{" and ".join(f"{width}x{height}" for height, width in sizes[:2])}, which MMSegmentation '
+            f'does not evaluate in batches of {batch_size}: set {split}_dataloader.batch_size=1'
+        )
 
 
 def check_class_folders(datasets: dict[str, object]) -> None:

@@ -443,14 +443,14 @@ class SViT(BaseModule):
             FileNotFoundError: The checkpoint does not exist.
             ValueError: The checkpoint is not one of this model; the message names the keys.
         """
-        if self.pretrained is not None and not self._is_init:
+        if self.pretrained is not None and not self.is_init:
             # Here, because importing mmsvit.checkpoint changes how MMEngine reads checkpoints.
             from ..checkpoint import load_pretrained
 
             load_pretrained(self, self.pretrained['checkpoint'], self.pretrained.get('prefix'))
-            self._is_init = True
+            self.is_init = True
             return
-        if self.norm_eval and not self._is_init:
+        if self.norm_eval and not self.is_init:
             print_log(
                 'SViT: norm_eval=True without pretrained weights: unless load_from or resume brings '
                 'some, every batch norm keeps mean 0 and variance 1 for the whole training. Set '
