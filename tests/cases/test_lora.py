@@ -1,4 +1,4 @@
-"""Wrappers that keep a backbone's weights, such as LoRA's, load pretrained ones (huggingface/peft 2104)."""
+"""Wrappers that keep a backbone's weights, such as LoRA's, load pretrained ones."""
 
 from __future__ import annotations
 
