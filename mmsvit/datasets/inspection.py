@@ -349,7 +349,8 @@ class _SplitInspection:
     def check_image(self, dataset: BaseDataset, info: dict) -> Counter:
         """Decode an image and its label map; return the number of pixels of each value."""
         backend_args = getattr(dataset, 'backend_args', None)
-        image, content = self.decode('images', info['img_path'], 'color', backend_args, dataset)
+        loader = next(iter(getattr(dataset.pipeline, 'transforms', ())), None)
+        image, content = self.decode('images', info['img_path'], 'color', backend_args, loader)
         height, width = info.get('height'), info.get('width')
         if image is not None and height and image.shape[:2] != (height, width):
             found = f'is {image.shape[1]}x{image.shape[0]}, annotated as {width}x{height}'
@@ -393,20 +394,23 @@ class _SplitInspection:
         path: str,
         flag: str,
         backend_args: dict | None,
-        dataset: Any = None,
+        loader: Any = None,
     ) -> tuple[np.ndarray | None, bytes]:
         """Decode a file, or report an error and return None; also the bytes of the file.
 
-        What Pillow does not know, such as images of five channels, the data set's own pipeline loads.
+        What Pillow does not know, such as images of five channels, ``loader`` loads, the first of the
+        data set's own pipeline.
         """
         content = b''
         try:
             # Pillow refuses truncated files; OpenCV fills them up with grey.
             content = get(path, backend_args=backend_args)
+            if getattr(loader, 'imdecode_backend', None) == 'tifffile':
+                return loader(dict(img_path=path))['img'], content
             return mmcv.imfrombytes(content, flag=flag, backend='pillow'), content
         except UnidentifiedImageError as error:
             with suppress(Exception):  # Decoders raise anything.
-                return dataset.pipeline.transforms[0](dict(img_path=path))['img'], content
+                return loader(dict(img_path=path))['img'], content
             self.error(f'{what} that cannot be decoded', f'{path}: {_describe(error)}')
             return None, content
         except Exception as error:  # Decoders raise anything.
