@@ -443,7 +443,7 @@ class SViT(BaseModule):
             FileNotFoundError: The checkpoint does not exist.
             ValueError: The checkpoint is not one of this model; the message names the keys.
         """
-        if self.pretrained is not None and not self.is_init:
+        if self.pretrained is not None and not self.is_init:  # type: ignore[has-type]
             # Here, because importing mmsvit.checkpoint changes how MMEngine reads checkpoints.
             from ..checkpoint import load_pretrained
 
