@@ -1,6 +1,6 @@
 """Files that were written to do harm: lists that grow when they are walked, and depth without end.
 
-More attacks are in ``tests/checkpoint/test_attacks.py``, each run by ``fuzz_checkpoints.py`` in a process of its own.
+More attacks are in ``tests/checkpoint/test_attacks.py``; ``fuzz_checkpoints.py`` there makes new ones.
 """
 
 from __future__ import annotations
