@@ -61,7 +61,7 @@ class CheckDatasetHook(Hook):
 def _check_batches(runner: Runner, split: str, loader: DataLoader) -> None:
     """Check the first batch now, and each before it is evaluated."""
     dataset: Any = loader.dataset
-    size = loader.batch_size or 1
+    size = getattr(loader, 'batch_size', None) or 1
     if size == 1 or not hasattr(unwrap(runner.model), 'data_preprocessor'):
         return
 
