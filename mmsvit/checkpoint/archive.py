@@ -247,7 +247,10 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
             elif code == BINPERSID:
                 stack[-1] = other
             elif code == GLOBAL:
-                end = data.find(b'\n', data.find(b'\n', at) + 1)
+                module = data.find(b'\n', at)
+                end = data.find(b'\n', module + 1)
+                if module < 0 or end < 0:
+                    raise IndexError
                 stack.append(_Object(data[at:end].decode().replace('\n', '.')))
                 at = end + 1
             elif code == STOP:

@@ -91,6 +91,11 @@ def test_what_torch_writes_is_followed_to_its_end(tmp_path):
     assert checked.check_pickle(data + b'more', 0, len(data)) == len(data)
 
 
+def test_a_name_without_end_ends(tmp_path):
+    with pytest.raises(ValueError, match='the pickle is damaged'):
+        read_checkpoint(written(tmp_path, b'cnumpy\nndarray'))
+
+
 def test_opcodes_have_the_arguments_that_pickle_gives_them():
     for name, code in pickletools.code2op.items():
         size = checked.ARGUMENT_SIZES.get(ord(name))
