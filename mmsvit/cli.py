@@ -15,6 +15,8 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import get_backend, is_distributed
 from mmengine.hooks import CheckpointHook
 
+from .datasets.report import printable
+
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser that shows the docstring of a tool as it is written, with ``--debug`` for :func:`run`."""
@@ -157,6 +159,7 @@ GUARDS = dict(
     non_finite='mmsvit.NonFiniteHook',
     bad_samples='mmsvit.BadSamplesHook',
     run_record='mmsvit.RunRecordHook',
+    log_errors='mmsvit.LogErrorsHook',
 )
 
 
@@ -186,6 +189,20 @@ def is_refusal(error: BaseException) -> bool:
     return file.is_relative_to(package) or file.parent == Path(sys.argv[0]).absolute().parent
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another process of a distributed run is gone."""
+    lost = (
+        'Connection closed by peer',
+        'Connection reset by peer',
+        'Broken pipe',
+        'Timed out waiting',
+    )
+    return is_distributed() and (
+        isinstance(error, torch.distributed.DistError)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in lost))
+    )
+
+
 def run(main: Callable[[], None]) -> None:
     """Run the main function of a tool: a refusal ends it in a sentence; then close its process group.
 
@@ -207,6 +224,12 @@ def run(main: Callable[[], None]) -> None:
         if is_refusal(error) and '--debug' not in sys.argv:
             # Printed by sys.exit, which then exits with 1.
             status = f'{Path(sys.argv[0]).name}: {error} (--debug shows where this arose)'
+        elif is_lost_rank(error) and '--debug' not in sys.argv:
+            status = (
+                f'{Path(sys.argv[0]).name}: another rank of this run is gone, or does not answer '
+                f'({str(error).partition(chr(10))[0]}). Its own output, or the report of torchrun, says '
+                'why. Start all ranks again with --resume: they continue from the latest valid checkpoint'
+            )
         elif get_backend() == 'gloo':
             traceback.print_exc()
             status = 1
@@ -218,4 +241,4 @@ def run(main: Callable[[], None]) -> None:
         torch.distributed.destroy_process_group()
         gc.collect()
     if status is not None:
-        sys.exit(status)
+        sys.exit(printable(status) if isinstance(status, str) else status)

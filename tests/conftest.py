@@ -15,6 +15,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -167,6 +169,26 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ['--num-train', '8', '--num-val', '4', '--size', '64']
     run_python('tools/make_shapes_dataset.py', folder, *sizes)
     return folder
+
+
+@pytest.fixture
+def damaged(shapes, tmp_path):
+    """A copy of the generated data set, to be damaged."""
+    return Path(shutil.copytree(shapes, tmp_path / 'shapes'))
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Four images with label maps of three classes and ignored pixels."""
+    from data_configs import write_labels
+
+    rng = np.random.default_rng(0)
+    for folder in ('images', 'labels'):
+        (tmp_path / folder).mkdir()
+    for i in range(4):
+        cv2.imwrite(str(tmp_path / 'images' / f'{i}.jpg'), rng.integers(0, 255, (24, 32, 3)))
+        write_labels(tmp_path, i, rng.choice([0, 1, 2, 255], (24, 32)))
+    return tmp_path
 
 
 @pytest.fixture(scope='session')

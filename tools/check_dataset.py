@@ -2,6 +2,7 @@
 
     python tools/check_dataset.py configs/svit_maskrcnn_coco.py
     python tools/check_dataset.py configs/svit_maskrcnn_coco.py --splits val --all
+    python tools/check_dataset.py configs/svit_maskrcnn_coco.py --show-dir targets
 
 Looks at folders and files, every annotation, class names, num_classes of the heads, a sample
 of the images, a few samples through the config's own pipeline, and the config's evaluator on the
@@ -12,6 +13,7 @@ most warnings.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from mmengine.runner import set_random_seed
 from rich.console import Console
@@ -30,8 +32,16 @@ def parse_args() -> argparse.Namespace:
         '--samples', type=int, default=200, help='images to decode of each data set'
     )
     number.add_argument('--all', action='store_true', help='decode all of them')
+    parser.add_argument(
+        '--show-dir',
+        type=Path,
+        help='draw a few training samples into this folder: the image as the pipeline gives it to the '
+        'model, with boxes, masks, label map or label',
+    )
     add_config_options(parser)
     args = parser.parse_args()
+    if args.show_dir is not None and 'train' not in args.splits:
+        parser.error('--show-dir draws training samples: add train to --splits')
     if args.samples < 0:
         parser.error('--samples must be 0 or more')
     return args
@@ -45,7 +55,8 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     set_random_seed(0)
     try:
-        report = inspect_data(cfg, args.splits, samples=None if args.all else args.samples)
+        samples = None if args.all else args.samples
+        report = inspect_data(cfg, args.splits, samples, show_dir=args.show_dir)
     except ValueError as error:
         raise SystemExit(f'{args.config}: {error}') from error
     report.print(Console())

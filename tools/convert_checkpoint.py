@@ -55,8 +55,9 @@ def needed_weights(args: argparse.Namespace) -> list[str]:
 def meta_to_keep(args: argparse.Namespace, checkpoint: dict) -> dict:
     """Where the weights are from, and of a whole model, the names of its classes."""
     meta = dict(source=args.src.name)
-    classes = ((checkpoint.get('meta') or {}).get('dataset_meta') or {}).get('classes')
-    if args.whole and classes is not None:
+    dataset_meta = checkpoint.get('meta', {}).get('dataset_meta')
+    classes = dataset_meta.get('classes') if isinstance(dataset_meta, dict) else None
+    if args.whole and isinstance(classes, (list, tuple)):
         meta['dataset_meta'] = dict(classes=[str(name) for name in classes])
     return meta
 
@@ -76,7 +77,6 @@ def main() -> None:
     if absent:
         what = 'no classifier with an SViT' if args.classifier else 'no SViT'
         raise SystemExit(f'{args.src} holds {what}: it has no {", ".join(absent)}')
-    args.dst.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_weights(weights, args.dst, meta_to_keep(args, checkpoint))
     except ImportError as error:

@@ -29,6 +29,7 @@ from mmsvit.analysis.config_flops import (
     count_config,
     read_metafile,
 )
+from mmsvit.atomic_file import atomic_file
 from mmsvit.cli import add_config_options, make_parser, read_config, run
 
 EXPLANATION = """\
@@ -211,11 +212,14 @@ def main() -> None:
         results.append((entry, figures))
         rich_print(terminal_table(entry.config, figures))
     if args.markdown is not None:
-        args.markdown.write_text(markdown_page(results))
+        with atomic_file(args.markdown) as part:
+            part.write_text(markdown_page(results))
         print(f'wrote {args.markdown}')
     if args.zoo is not None:
         tables = f'{ZOO_BEGIN}\n{zoo_tables(results, args.zoo.parent)}\n\n{ZOO_END}'
-        args.zoo.write_text(ZOO.sub(lambda _: tables, args.zoo.read_text()))
+        page = ZOO.sub(lambda _: tables, args.zoo.read_text())
+        with atomic_file(args.zoo) as part:
+            part.write_text(page)
         print(f'updated {args.zoo}')
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mmsvit.atomic_file import atomic_file
 from mmsvit.visualization.training_curves import choose_metrics, draw_curves, read_curves
 
 
@@ -41,8 +42,8 @@ def main() -> None:
         figure = draw_curves(runs, args.losses, metrics)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out)
+    with atomic_file(args.out) as part:
+        figure.savefig(part)
     print(f'wrote {args.out}')
 
 

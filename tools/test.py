@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 from mmsvit.checkpoint import read_checkpoint, trust_checkpoints
 from mmsvit.cli import add_arguments, add_hook, load_config, make_parser, run, start_processes
-from mmsvit.datasets.quick_checks import check_data
+from mmsvit.datasets.quick_checks import check_data, type_name
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def draw_into(cfg: Config, folder: str) -> None:
     if hook is None:
         raise SystemExit('--show-dir needs default_hooks.visualization, which the config lacks')
     folder = str(Path(folder).absolute())
-    kind = str(hook.type).rpartition('.')[2]
+    kind = type_name(hook)
     if kind == 'DetVisualizationHook':
         hook.update(draw=True, test_out_dir=folder)
     elif kind == 'SegVisualizationHook':
@@ -72,7 +72,9 @@ def apply_tta(cfg: Config) -> None:
 
 def dump_into(cfg: Config, file: str) -> None:
     """Add a metric that writes all predictions to a file."""
-    dump = 'mmdet.DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+    # A config in pure Python names classes, not a scope.
+    scope = cfg.get('default_scope') or getattr(cfg.model.type, '__module__', '').partition('.')[0]
+    dump = 'mmdet.DumpDetResults' if scope == 'mmdet' else 'DumpResults'
     evaluators = cfg.test_evaluator
     if not isinstance(evaluators, (list, tuple)):
         evaluators = [evaluators]

@@ -25,6 +25,7 @@ from rich.progress import track
 
 from mmsvit.apis.image_files import find_images
 from mmsvit.apis.inference import ImageModel
+from mmsvit.atomic_file import atomic_file
 from mmsvit.checkpoint import trust_checkpoints
 from mmsvit.cli import add_trust_option, make_parser, run
 from mmsvit.visualization.drawing import (
@@ -160,9 +161,9 @@ def draw(path: Path, relative: Path, model: ImageModel, args: argparse.Namespace
             pictures[f'stage{stage_map.stage + 1}_{kind}'] = picture
     for kind, picture in pictures.items():
         file = picture_file(args.out_dir, relative, kind)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(str(file), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
-            raise OSError(f'cannot write {file}')
+        _, encoded = cv2.imencode(file.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        with atomic_file(file) as part:
+            part.write_bytes(encoded.tobytes())
 
 
 def main() -> None:

@@ -12,4 +12,5 @@ default_hooks = dict(
     non_finite=dict(type='mmsvit.NonFiniteHook'),
     bad_samples=dict(type='mmsvit.BadSamplesHook'),
     run_record=dict(type='mmsvit.RunRecordHook'),
+    log_errors=dict(type='mmsvit.LogErrorsHook'),
 )

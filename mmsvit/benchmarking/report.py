@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from ..atomic_file import atomic_file
 from .candidates import FLAGS
 from .measure import COPY, CaseResult, Result, Settings, Spread
 from .workloads import MODES
@@ -49,11 +50,14 @@ class Report:
     def write(self, out: Path) -> list[Path]:
         """Write the files that :func:`list_files` names, and return them."""
         files = list_files(out, self.scaling)
-        files[0].write_text(json.dumps(self.as_dict(), indent=1) + '\n')
+        with atomic_file(files[0]) as part:
+            part.write_text(json.dumps(self.as_dict(), indent=1) + '\n')
         plot = files[2] if self.scaling else None
         if plot is not None:
-            plot_scaling(self.cases, plot)
-        files[1].write_text(self.as_markdown(plot))
+            with atomic_file(plot) as part:
+                plot_scaling(self.cases, part)
+        with atomic_file(files[1]) as part:
+            part.write_text(self.as_markdown(plot))
         return files
 
     def as_dict(self) -> dict:

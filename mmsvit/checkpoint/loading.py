@@ -51,12 +51,40 @@ def load_pretrained(backbone: BaseModule, path: str | Path, prefix: str | None =
     if not any(key.startswith('out_norms.') for key in found):
         found.update((k, v) for k, v in expected.items() if k.startswith('out_norms.'))
 
-    check_fit(found, expected, repr(str(path)))
     empty = [key for key, value in found.items() if value.ndim > 1 and not value.any()]
+    found = inside_wrappers(found, expected)
+    check_fit(found, expected, repr(str(path)))
     if empty:  # No layer of SViT is initialised so.
         raise ValueError(f'{str(path)!r} holds nothing but zeros in {some_names(empty)}')
     backbone.load_state_dict(found)
     print_log(f'SViT: loaded {len(found)} backbone weights from {path}', logger='current')
+
+
+def inside_wrappers(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give weights the names that they have where a wrapper keeps a layer, as LoRA's do.
+
+    ``qkv.weight`` is then ``qkv.base_layer.weight`` of the model, for example. What such a wrapper adds
+    keeps its initial values.
+
+    Args:
+        found: Weights to load.
+        expected: Those of the model.
+    """
+    kept: dict[str, list[str]] = {}
+    for key in expected.keys() - found.keys():
+        *layer, _, last = key.split('.')
+        plain = '.'.join([*layer, last])
+        if plain in found and plain not in expected and found[plain].shape == expected[key].shape:
+            kept.setdefault(plain, []).append(key)
+    names = {plain: keys[0] for plain, keys in kept.items() if len(keys) == 1}
+    wrappers = tuple(f'{plain.rpartition(".")[0]}.' for plain in names)
+    layers = tuple(f'{key.rpartition(".")[0]}.' for key in names.values())
+    added = {
+        k: v for k, v in expected.items() if k.startswith(wrappers) and not k.startswith(layers)
+    }
+    return {**added, **{names.get(key, key): value for key, value in found.items()}}
 
 
 def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:

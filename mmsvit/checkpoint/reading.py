@@ -23,7 +23,8 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from torch import Tensor
 
-from .archive import UnsafeStructureError, check_structure, check_sums
+from ..atomic_file import atomic_file
+from .archive import UnsafeStructureError, check_pickles, check_records, check_sums
 from .safe_globals import allow_runner_checkpoints
 
 SAFETENSORS = '.safetensors'
@@ -137,8 +138,10 @@ def read_checkpoint(
         path = download(path)
     elif '://' not in path:
         path = str(Path(path).expanduser())
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f'the checkpoint {path!r} does not exist')
+        if not Path(path).is_file():  # To open a pipe would wait for its other end.
+            raise ValueError(f'the checkpoint {path!r} is a folder, pipe or device, not a file')
     try:
         with get_local_path(path) as file:
             if path.endswith(SAFETENSORS):
@@ -169,8 +172,15 @@ def read_checkpoint(
             f'{path!r} holds {type(checkpoint).__name__}, expected a dict with the weights under '
             "'model' or 'state_dict', or the weights themselves"
         )
-    meta = checkpoint.get('meta')
-    if isinstance(meta, dict) and 'config' in meta:
+    meta = checkpoint.get('meta', {})
+    if not isinstance(meta, (dict, Tensor)):
+        print_log(
+            f"'meta' in {path!r} is ignored: expected a dict, found {type(meta).__name__}",
+            logger='current',
+            level=logging.WARNING,
+        )
+        checkpoint['meta'] = {}
+    elif isinstance(meta, dict) and 'config' in meta:
         # Runner.resume would run this text as Python, to compare numbers of GPUs.
         del meta['config']
     return checkpoint
@@ -179,13 +189,14 @@ def read_checkpoint(
 def _read_torch(file: str | Path, map_location: str | torch.device | None) -> Any:
     if _trusted:
         return torch.load(file, map_location=map_location, weights_only=False)
-    check_structure(file)
+    entries = check_records(file)
     with ThreadPoolExecutor(1) as pool:  # Beside reading, on another core.
-        sums = pool.submit(check_sums, file)
+        sums = pool.submit(check_sums, file, entries)
         try:
+            check_pickles(file, entries)
             return torch.load(file, map_location=map_location, weights_only=True)
         finally:
-            sums.result()
+            sums.result()  # Where they are wrong, it is damage, whatever else was found.
 
 
 def _import_safetensors() -> ModuleType:
@@ -225,6 +236,9 @@ def save_weights(weights: Mapping[str, Tensor], path: Path, meta: dict[str, Any]
         # Copies: the format does not allow two names for the same memory.
         tensors = {key: value.contiguous().clone() for key, value in weights.items()}
         metadata = dict(format='pt', meta=json.dumps(meta))
-        _import_safetensors().torch.save_file(tensors, path, metadata=metadata)
+        package = _import_safetensors()
+        with atomic_file(path) as part:
+            package.torch.save_file(tensors, part, metadata=metadata)
     else:
-        torch.save(dict(state_dict=dict(weights), meta=meta), path)
+        with atomic_file(path) as part:
+            torch.save(dict(state_dict=dict(weights), meta=meta), part)

@@ -17,6 +17,7 @@ from mmengine.model import BaseModel
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.visualization import Visualizer
 
 # Overridden, replaced or called: the owner, the name, and its first parameters.
 METHODS: tuple[tuple[type | ModuleType, str, tuple[str, ...]], ...] = (
@@ -37,6 +38,7 @@ ATTRIBUTES: tuple[tuple[type, str], ...] = (
     (IterBasedTrainLoop, 'dataloader_iterator'),
     (Runner, '_load_from'),
     (Runner, '_resume'),
+    (Visualizer, '_vis_backends'),
 )
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import gc
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .report import DatasetReport
 
 OUTSIDE_TOLERANCE = 1.0  # pixels: annotation tools round, also those of COCO
+LARGEST = 2.0**53  # Beyond, floats, and so pycocotools, do not know every whole number.
+POLYGONS = re.compile(rb'("segmentation"\s*:\s*)\[\s*(?:\[[-+0-9.eE,\s]+\][\s,]*)+\]')
 
 
 def check_coco_annotations(
@@ -83,7 +89,7 @@ def evaluation_problems(ann: dict, evaluated: Collection[str]) -> Iterator[str]:
     """
     if not evaluated:
         return
-    if type(ann.get('id')) is not int or ann['id'] == 0:
+    if type(ann.get('id')) is not int or not 0 < abs(ann['id']) < LARGEST:
         yield (
             'annotations without a whole number above 0 as id: pycocotools counts a match with id 0 '
             'as none, so count from 1'
@@ -106,26 +112,119 @@ def evaluation_problems(ann: dict, evaluated: Collection[str]) -> Iterator[str]:
         )
 
 
-def count_left_out(content: dict) -> Counter:
-    """Count boxes that MMDetection skips, and images without objects.
+def read_annotations(ann_file: str | Path, with_polygons: bool = True) -> dict:
+    """Read a file in COCO format as pycocotools does, and refuse what it would fail on.
 
     Args:
-        content: A file in COCO format, as read.
+        ann_file: A file on this machine.
+        with_polygons: Whether to read polygons, or only that there are some (as ``[1]``), which takes
+            half the time and memory.
+
+    Raises:
+        ValueError: It is no JSON, or none in UTF-8; the message does not name the file.
+        OSError: It cannot be read.
+    """
+    content = Path(ann_file).read_bytes()
+    if content.startswith((b'\xef\xbb\xbf', b'\xff\xfe', b'\xfe\xff')):
+        raise ValueError(
+            'it begins with a byte order mark, which pycocotools does not read: save it as UTF-8 '
+            'without one'
+        )
+    if not with_polygons:
+        content = POLYGONS.sub(rb'\1[1]', content)
+    text = content.decode()
+    del content
+    collects = gc.isenabled()
+    gc.disable()  # Millions of small objects, none of them garbage: to look for it doubles the time.
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError('its lists are nested too deeply') from None
+    finally:
+        if collects:
+            gc.enable()
+    if not isinstance(found, dict):
+        raise ValueError(f'expected an object, found {type(found).__name__}')
+    return found
+
+
+@dataclass
+class CocoSummary:
+    """What the checks before a run need to know of a file in COCO format.
+
+    Attributes:
+        names: Of the categories.
+        annotations: Their number.
+        left_out: The number of boxes that MMDetection skips, and of images without objects, by kind.
+        without_mask: The number of objects that are used and have no segmentation.
+        bad_truth: By kind of evaluation, ``'bbox'`` and ``'segm'``, what it would fail on or pass
+            over: kind of problem, and the ids of the annotations with it.
+    """
+
+    names: list[str]
+    annotations: int
+    left_out: Counter[str] = field(default_factory=Counter)
+    without_mask: int = 0
+    bad_truth: dict[str, dict[str, list]] = field(default_factory=dict)
+
+
+def summarise(content: dict, evaluated: bool = True) -> CocoSummary:
+    """Look at every annotation, quickly.
+
+    Args:
+        content: A file in COCO format, as :func:`read_annotations` gives it.
+        evaluated: Whether to look for what an evaluation would fail on, which needs polygons.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: It is not in that format.
     """
     images = {image['id']: image for image in content['images']}
-    found: Counter = Counter()
+    names = [category['name'] for category in content['categories']]
+    summary = CocoSummary(names, len(content.get('annotations', ())))
+    for name in (*names, *(image['file_name'] for image in images.values())):
+        if not name.isascii():
+            _check_text(name)
     occupied = set()
     for ann in content.get('annotations', ()):
-        image = images.get(ann['image_id'])
-        if image is None or not _is_box(ann.get('bbox')) or not image.get('width'):
+        image_id = ann['image_id']
+        for kind in ('bbox', 'segm') if evaluated else ():
+            for what in evaluation_problems(ann, (kind,)):
+                summary.bad_truth.setdefault(kind, {}).setdefault(what, []).append(ann.get('id'))
+        if not _is_used(ann, images.get(image_id), summary.left_out):
             continue
-        kinds = [kind for _, kind in _box_problems(ann['bbox'], ann.get('area', 1), image)]
-        found.update(kind for kind in kinds if kind in (NO_AREA, OUTSIDE))
-        if not {NO_AREA, OUTSIDE} & set(kinds):
-            occupied.add(ann['image_id'])
+        occupied.add(image_id)
+        if not ann.get('segmentation') and not ann.get('ignore'):
+            summary.without_mask += 1
     if len(images) > len(occupied):
-        found[WITHOUT_OBJECTS] = len(images) - len(occupied)
-    return found
+        summary.left_out[WITHOUT_OBJECTS] = len(images) - len(occupied)
+    return summary
+
+
+def _check_text(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'{name!r} is no valid text, so no file or class has that name') from None
+
+
+def _is_used(ann: dict, image: dict | None, left_out: Counter[str]) -> bool:
+    """Whether MMDetection uses a box; those that it leaves out are counted."""
+    if image is None or not image.get('width'):
+        return False
+    box: Any = ann.get('bbox')
+    area = ann.get('area', 1)
+    try:
+        x, y, width, height = box
+        in_image = 0 <= x < image['width'] and 0 <= y < image['height']
+        if in_image and 1 <= width < LARGEST and 1 <= height < LARGEST and area > 0:
+            return True  # Nearly all.
+    except (TypeError, ValueError):
+        return False
+    if not _is_box(box):
+        return False
+    kinds = {kind for _, kind in _box_problems(box, area, image)} & {NO_AREA, OUTSIDE}
+    left_out.update(kinds)
+    return not kinds
 
 
 WITHOUT_OBJECTS = 'images without objects; used only if filter_empty_gt=False'
@@ -177,7 +276,7 @@ def _is_box(box: object) -> bool:
     return (
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+        and all(isinstance(v, (int, float)) and abs(v) < LARGEST for v in box)
     )
 
 

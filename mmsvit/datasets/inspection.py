@@ -10,31 +10,38 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
+import cv2
 import mmcv
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import get, list_dir_or_file, load
 from mmengine.registry import DATASETS, Registry
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.status import Status
+from torch import Tensor
 
-from .coco_annotations import check_coco_annotations, check_use
+from ..atomic_file import atomic_file
+from .coco_annotations import check_coco_annotations, check_use, read_annotations
 from .label_maps import check_all_pixels, check_label_map
 from .quick_checks import (
     built_datasets,
+    check_batch,
     check_data,
     dataset_configs,
     evaluated_kinds,
     metrics_with_file,
 )
-from .report import Counts, DatasetReport
+from .report import Counts, DatasetReport, printable
+from .targets import build_visualizer, draw_targets
 from .truth_evaluation import build_evaluator, score_truth, shortfalls
 
 PIPELINE_SAMPLES = 8
@@ -48,6 +55,7 @@ def inspect_data(
     samples: int | None = 200,
     seed: int = 0,
     console: Console | None = None,
+    show_dir: Path | None = None,
 ) -> DatasetReport:
     """Check the data of a config of MMDetection, MMSegmentation or MMPretrain.
 
@@ -59,6 +67,7 @@ def inspect_data(
         samples: How many images of each data set to decode; None for all.
         seed: Of the choice of images.
         console: Where to show progress; standard error by default.
+        show_dir: Where to draw training samples with their targets; by default nowhere.
 
     Raises:
         ValueError: The config has none of the splits.
@@ -72,6 +81,7 @@ def inspect_data(
     with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         for split in present:
             inspection = _SplitInspection(cfg, split, registry, report, samples, rng, console)
+            inspection.show_dir = show_dir if split == 'train' else None
             if not inspection.check_paths_and_classes():
                 continue
             others = inspected.values()
@@ -131,6 +141,8 @@ class _SplitInspection:
         self.samples, self.rng, self.console = samples, rng, console
         self.dataset_cfg = cfg[f'{split}_dataloader'].dataset
         self.classes: Sequence[str] | None = None  # known once the data set is built
+        self.show_dir: Path | None = None
+        self.all_are_files = True
 
     def error(self, kind: str, example: str) -> None:
         self.report.error(self.split, kind, example)
@@ -148,7 +160,7 @@ class _SplitInspection:
         )
 
     def status(self, what: str) -> Status:
-        return self.console.status(f'{self.split}: {what}')
+        return self.console.status(escape(printable(f'{self.split}: {what}')))
 
     def check_paths_and_classes(self) -> bool:
         """Whether all files and folders exist, so that their contents can be checked."""
@@ -184,6 +196,8 @@ class _SplitInspection:
             self.check_dataset(built, part_counts)
         self.classes = dataset.metainfo.get('classes')
         self.check_heads()
+        if not self.all_are_files:
+            return  # A pipe would be read for ever.
         counts[0].loaded = self.check_pipeline(dataset)
         if self.cfg.get(f'{self.split}_evaluator') and hasattr(dataset, 'get_data_info'):
             self.check_evaluator(dataset)
@@ -197,9 +211,7 @@ class _SplitInspection:
             # For the paths and classes of the data set, without loading anything.
             dataset = self.registry.build({**part, 'pipeline': [], 'lazy_init': True})
             with self.status(f'reading {dataset.ann_file}'):
-                content = load(
-                    dataset.ann_file, file_format='json', backend_args=dataset.backend_args
-                )
+                content = self.read(dataset)
             check_coco_annotations(
                 self.report,
                 self.split,
@@ -215,8 +227,14 @@ class _SplitInspection:
             )
             counts.images = len(content['images'])
             counts.labels = len(content.get('annotations', ()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             self.error('annotation files that are not COCO format', _describe(error))
+
+    def read(self, dataset: BaseDataset) -> dict:
+        """The annotation file of a data set in COCO format."""
+        if dataset.backend_args or '://' in dataset.ann_file:
+            return load(dataset.ann_file, file_format='json', backend_args=dataset.backend_args)
+        return read_annotations(dataset.ann_file)
 
     def check_objects(self, info: dict) -> Iterator[int]:
         """Check the boxes of an image of another format than COCO's; yield their labels."""
@@ -281,9 +299,12 @@ class _SplitInspection:
         for i, path in enumerate(self.track(paths, what)):
             folder, name = os.path.split(path)
             if folder not in listed:
-                listed[folder] = _names_in(folder)
+                listed[folder] = _files_in(folder)
             there[i] = name in listed[folder]
-            if not there[i]:
+            if not there[i] and Path(path).exists():
+                self.error(f'{what} that are no files, but pipes, devices or folders', path)
+                self.all_are_files = False
+            elif not there[i]:
                 self.error(f'missing {what}', path)
         return there
 
@@ -328,12 +349,13 @@ class _SplitInspection:
     def check_image(self, dataset: BaseDataset, info: dict) -> Counter:
         """Decode an image and its label map; return the number of pixels of each value."""
         backend_args = getattr(dataset, 'backend_args', None)
-        image, content = self.decode('images', info['img_path'], 'color', backend_args)
+        loader = next(iter(getattr(dataset.pipeline, 'transforms', ())), None)
+        image, content = self.decode('images', info['img_path'], 'color', backend_args, loader)
         height, width = info.get('height'), info.get('width')
         if image is not None and height and image.shape[:2] != (height, width):
             found = f'is {image.shape[1]}x{image.shape[0]}, annotated as {width}x{height}'
             self.error('images of another size than annotated', f'{info["img_path"]} {found}')
-        if image is not None:
+        if image is not None and image.shape[2] == 3:
             self.check_orientation(dataset, info, content)
         path = info.get('seg_map_path')
         if not path or not hasattr(dataset, 'reduce_zero_label'):
@@ -367,14 +389,30 @@ class _SplitInspection:
             )
 
     def decode(
-        self, what: str, path: str, flag: str, backend_args: dict | None
+        self,
+        what: str,
+        path: str,
+        flag: str,
+        backend_args: dict | None,
+        loader: Any = None,
     ) -> tuple[np.ndarray | None, bytes]:
-        """Decode a file, or report an error and return None; also the bytes of the file."""
+        """Decode a file, or report an error and return None; also the bytes of the file.
+
+        What Pillow does not know, such as images of five channels, ``loader`` loads, the first of the
+        data set's own pipeline.
+        """
         content = b''
         try:
             # Pillow refuses truncated files; OpenCV fills them up with grey.
             content = get(path, backend_args=backend_args)
+            if getattr(loader, 'imdecode_backend', None) == 'tifffile':
+                return loader(dict(img_path=path))['img'], content
             return mmcv.imfrombytes(content, flag=flag, backend='pillow'), content
+        except UnidentifiedImageError as error:
+            with suppress(Exception):  # Decoders raise anything.
+                return loader(dict(img_path=path))['img'], content
+            self.error(f'{what} that cannot be decoded', f'{path}: {_describe(error)}')
+            return None, content
         except Exception as error:  # Decoders raise anything.
             why = _describe(error)
             if content.startswith(b'version https://git-lfs'):
@@ -406,7 +444,7 @@ class _SplitInspection:
 
     def check_pipeline(self, dataset: BaseDataset) -> int:
         """Load a few samples with the pipeline; return how many succeed."""
-        number = min(PIPELINE_SAMPLES, len(dataset))
+        number, images = min(PIPELINE_SAMPLES, len(dataset)), []
         chosen = np.sort(self.rng.choice(len(dataset), number, replace=False))
         loaded = 0
         for i in self.track(chosen, 'pipeline'):
@@ -417,12 +455,34 @@ class _SplitInspection:
                 self.error('samples that the pipeline cannot load', where)
                 continue
             loaded += 1
+            if self.show_dir is not None:
+                self.draw(dataset, int(i), sample)
             if not isinstance(sample, dict) or 'inputs' not in sample:
                 self.error(
                     "samples without 'inputs': end the pipeline with one such as PackDetInputs",
                     f'{i}: {list(sample) if isinstance(sample, dict) else type(sample).__name__}',
                 )
+            elif isinstance(sample['inputs'], Tensor):
+                images.append(sample['inputs'])
+        if self.split != 'train':
+            try:
+                batch_size = self.cfg[f'{self.split}_dataloader'].get('batch_size', 1)
+                check_batch(self.split, batch_size, dataset, images)
+            except ValueError as error:
+                self.error('batches that cannot be evaluated', str(error))
         return loaded
+
+    def draw(self, dataset: BaseDataset, i: int, sample: dict) -> None:
+        """Draw a sample with its targets."""
+        try:
+            visualizer = build_visualizer(self.cfg.visualizer, dataset)
+            picture = draw_targets(visualizer, sample)
+            _, encoded = cv2.imencode('.png', np.ascontiguousarray(picture[..., ::-1]))
+        except Exception as error:  # Visualizers raise anything.
+            self.warning('samples that cannot be drawn', f'sample {i}: {_describe(error)}')
+            return
+        with atomic_file(Path(self.show_dir or '', f'{self.split}_{i}.png')) as part:
+            part.write_bytes(encoded.tobytes())
 
     def check_evaluator(self, dataset: BaseDataset) -> None:
         """Evaluate the truth itself on a sample, and name images on which it is not perfect."""
@@ -452,8 +512,11 @@ class _SplitInspection:
                 add(kind, f'by {_image_of(dataset, index)}')
 
 
-def _names_in(folder: str) -> set[str]:
-    return {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+def _files_in(folder: str) -> set[str]:
+    if not Path(folder).is_dir():
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
 
 
 def _type_name(part: dict) -> str:

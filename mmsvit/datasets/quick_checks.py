@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-import gc
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +14,9 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
+from torch import Tensor
 
-from .coco_annotations import count_left_out, evaluation_problems
+from .coco_annotations import CocoSummary, read_annotations, summarise
 
 
 def dataset_configs(cfg: dict) -> Iterator[dict]:
@@ -72,7 +69,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
             file = _local(None, evaluator['ann_file'])
             if file is None:
                 continue
-            if not file.exists():
+            if not file.is_file():
                 missing.append(f'{split}_evaluator.ann_file: {file.absolute()}')
             elif files - {None} and file.resolve() not in {f.resolve() for f in files if f}:
                 raise ValueError(
@@ -98,6 +95,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
                     of_coco.append(str(file))
                     classes = {**kind.METAINFO, **(part.get('metainfo') or {})}.get('classes')
                     check_classes(split, str(file), classes, kind)
+                    check_masks(split, str(file), part.get('pipeline', ()))
             for evaluator in evaluators[split]:
                 if len(of_coco) > 1:
                     raise ValueError(
@@ -106,9 +104,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
                         "into one, or use MMDetection's MultiDatasetsEvaluator"
                     )
                 ann_file = evaluator['ann_file']
-                problem = of_coco and _first_evaluation_problem(
-                    ann_file, evaluated_kinds(evaluator)
-                )
+                problem = of_coco and _evaluation_problem(ann_file, evaluated_kinds(evaluator))
                 if problem:
                     raise ValueError(f'{ann_file!r} of {split}_evaluator has {problem}')
 
@@ -153,49 +149,55 @@ def _missing_paths(split: str, dataset: dict) -> Iterator[str]:
     elif prefixes:
         named.update((f'data_prefix.{key}', _local(root, value)) for key, value in prefixes.items())
     for name, path in named.items():
-        if path is not None and not path.exists():
+        if path is not None and not (path.is_file() or path.is_dir()):  # nor a pipe or device
             yield f'{split}_dataloader.dataset.{name}: {path.absolute()}'
 
 
-@contextmanager
-def _reading_coco(ann_file: str) -> Iterator[None]:
-    # Millions of small objects, none of them garbage: looking for it doubles the time.
-    collects = gc.isenabled()
-    gc.disable()
+@cache  # COCO's file takes seconds to read, and several checks need it.
+def read_coco(ann_file: str, evaluated: bool = False) -> CocoSummary:
+    """What an annotation file in COCO format holds.
+
+    Args:
+        ann_file: The file.
+        evaluated: Whether to look for what an evaluation would fail on; slower.
+
+    Raises:
+        ValueError: It is none, or cannot be read; the message names the file.
+    """
     try:
-        yield
-    except (ValueError, KeyError, TypeError) as error:
+        return summarise(read_annotations(ann_file, with_polygons=evaluated), evaluated)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f'{ann_file!r} is not an annotation file in COCO format '
             f'({type(error).__name__}: {error})'
         ) from error
-    finally:
-        if collects:
-            gc.enable()
 
 
-@cache  # COCO's file takes seconds to read, and several checks need it.
-def read_coco(ann_file: str) -> tuple[list[str], Counter]:
-    """Names of the categories, and counts of what MMDetection skips silently."""
-    with _reading_coco(ann_file):
-        content = json.loads(Path(ann_file).read_bytes())
-        names = [category['name'] for category in content['categories']]
-        return names, count_left_out(content)
+def check_masks(split: str, ann_file: str, pipeline: Sequence[dict]) -> None:
+    """Check that objects have the masks that a pipeline loads.
+
+    Raises:
+        ValueError: Some have none; the message says what to do.
+    """
+    if not any(step.get('with_mask') for step in pipeline if isinstance(step, dict)):
+        return
+    summary = read_coco(ann_file)
+    if summary.without_mask:
+        raise ValueError(
+            f'{summary.without_mask:,} of {summary.annotations:,} {split} annotations in {ann_file!r} '
+            'have no segmentation, which the pipeline loads (with_mask=True). To train on boxes alone, '
+            'take a config without masks, such as configs/retinanet/retinanet_svit-s_fpn_1x_coco.py; '
+            "or set with_mask=False in the pipelines, metric='bbox' in the evaluators, and "
+            'mask_head=None and mask_roi_extractor=None in model.roi_head'
+        )
 
 
-@cache  # Validation and test have one file, as a rule.
-def _first_evaluation_problem(ann_file: str, kinds: tuple[str, ...]) -> str | None:
+def _evaluation_problem(ann_file: str, kinds: Sequence[str]) -> str | None:
     """On what an evaluation would fail, or which objects it would pass over; None for nothing."""
-    with _reading_coco(ann_file):
-        annotations = json.loads(Path(ann_file).read_bytes()).get('annotations', ())
-        found = [
-            (what, ann.get('id')) for ann in annotations for what in evaluation_problems(ann, kinds)
-        ]
-    if not found:
-        return None
-    what, first = found[0]
-    number = sum(other == what for other, _ in found)
-    return f'{number:,} {what}; the first is annotation {first}'
+    for kind in kinds:
+        for what, ids in read_coco(ann_file, evaluated=True).bad_truth.get(kind, {}).items():
+            return f'{len(ids):,} {what}; the first is annotation {ids[0]!r}'
+    return None
 
 
 def check_classes(
@@ -221,7 +223,7 @@ def check_classes(
                 f'such file of class names. A tuple of one name needs a comma: ({classes!r},)'
             )
         classes = list_from_file(classes)
-    names, _ = read_coco(ann_file)
+    names = read_coco(ann_file).names
     absent = [name for name in classes if name not in names]
     if absent:
         raise ValueError(
@@ -248,6 +250,28 @@ def built_datasets(dataset: object) -> Iterator[BaseDataset]:
         yield from built_datasets(dataset.dataset)
     elif isinstance(dataset, BaseDataset):
         yield dataset
+
+
+def check_batch(split: str, batch_size: int, dataset: object, inputs: Sequence[Tensor]) -> None:
+    """Check that images of label maps can be evaluated in batches.
+
+    Args:
+        split: For the message.
+        batch_size: Of the data loader.
+        dataset: Built, with its wrappers.
+        inputs: Some images as the pipeline gives them, ``(C, H, W)``.
+
+    Raises:
+        ValueError: They have several sizes, which MMSegmentation does not evaluate in one batch.
+    """
+    sizes = sorted({tuple(image.shape[-2:]) for image in inputs})
+    of_maps = any(hasattr(part, 'reduce_zero_label') for part in built_datasets(dataset))
+    if of_maps and batch_size > 1 and len(sizes) > 1:
+        raise ValueError(
+            f'{split} images have several sizes after the pipeline, such as '
+            f'{" and ".join(f"{width}x{height}" for height, width in sizes[:2])}, which MMSegmentation '
+            f'does not evaluate in batches of {batch_size}: set {split}_dataloader.batch_size=1'
+        )
 
 
 def check_class_folders(datasets: dict[str, object]) -> None:

@@ -6,9 +6,18 @@ from dataclasses import dataclass, field, fields
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 SHOWN = 5  # examples of one kind of problem
+
+
+def printable(text: str) -> str:
+    """Text of others, such as a file name, without what would control a terminal."""
+    return ''.join(
+        letter if letter.isprintable() or letter in '\n\t' else repr(letter)[1:-1]
+        for letter in text
+    )
 
 
 @dataclass
@@ -99,9 +108,9 @@ class DatasetReport:
 def _cell(value: str | int | None) -> str:
     if value is None:
         return '-'
-    return f'{value:,}' if isinstance(value, int) else value
+    return f'{value:,}' if isinstance(value, int) else escape(printable(value))
 
 
 def _print(console: Console, text: str, style: str | None = None) -> None:
     """Print file names unchanged, without markup or line breaks."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)

@@ -443,13 +443,14 @@ class SViT(BaseModule):
             FileNotFoundError: The checkpoint does not exist.
             ValueError: The checkpoint is not one of this model; the message names the keys.
         """
-        if self.pretrained is not None:
+        if self.pretrained is not None and not self.is_init:  # type: ignore[has-type]
             # Here, because importing mmsvit.checkpoint changes how MMEngine reads checkpoints.
             from ..checkpoint import load_pretrained
 
             load_pretrained(self, self.pretrained['checkpoint'], self.pretrained.get('prefix'))
+            self.is_init = True
             return
-        if self.norm_eval:
+        if self.norm_eval and not self.is_init:
             print_log(
                 'SViT: norm_eval=True without pretrained weights: unless load_from or resume brings '
                 'some, every batch norm keeps mean 0 and variance 1 for the whole training. Set '

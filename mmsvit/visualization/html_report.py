@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..atomic_file import atomic_file
+
 STYLE = """
 body { margin: 2.5rem auto; max-width: 68rem; padding: 0 1rem; color: #222; background: #fff;
        font: 16px/1.5 system-ui, sans-serif; }
@@ -76,9 +78,10 @@ class HtmlReport:
     def write(self, path: str | Path) -> None:
         """Write the file."""
         body = '\n'.join(self._parts)
-        Path(path).write_text(
+        page = (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{self._title}</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
-            f'<body>\n{body}\n</body></html>\n',
-            encoding='utf-8',
+            f'<body>\n{body}\n</body></html>\n'
         )
+        with atomic_file(path) as part:
+            part.write_text(page, encoding='utf-8')

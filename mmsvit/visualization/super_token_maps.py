@@ -342,7 +342,9 @@ class SuperTokenRecorder:
             _, association = layer.sample(tokens)
         else:
             association = _own_cell(tokens, layer.super_token_size)
-        super_tokens = super_tokens.to(layer.attend.qkv.weight.dtype)
+        # An adapter keeps its weight inside, and a quantised layer may have none.
+        weights = (p.dtype for p in layer.attend.qkv.parameters() if p.is_floating_point())
+        super_tokens = super_tokens.to(next(weights, super_tokens.dtype))
         query, key, _ = layer.attend.project(super_tokens)[:, 0].float()
         return SuperTokenMap(
             stage=stage,

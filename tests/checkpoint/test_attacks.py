@@ -110,7 +110,7 @@ def test_bombs_in_the_format_of_before_zip_files_are_refused(tmp_path):
     )
     file = tmp_path / 'old.pth'
     file.write_bytes(content)
-    with pytest.raises(UnsafeCheckpointError, match='tuples inside of each other'):
+    with pytest.raises(UnsafeCheckpointError, match='objects inside of each other'):
         read_checkpoint(file)
 
 

@@ -2,74 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import json
 import re
 import shutil
-from functools import cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, run_python
+from conftest import run_python
+from data_configs import (
+    CONFIG,
+    change_val,
+    data_options,
+    detection_config,
+    edit,
+    found,
+    printed,
+    segmentation_config,
+    write_labels,
+)
 from mmengine.config import Config
 from mmengine.registry import DATASETS
-from PIL import ExifTags, Image
-from rich.console import Console
 
 from mmsvit.datasets.inspection import head_num_classes, inspect_data
-from mmsvit.datasets.quick_checks import check_data
-from mmsvit.datasets.report import DatasetReport
 from mmsvit.datasets.truth_evaluation import build_evaluator, score_truth, shortfalls
-
-CONFIG = ROOT / 'configs' / 'svit_maskrcnn_shapes.py'
-SPLITS = ('train', 'val', 'test')
-
-
-def data_options(folder: Path) -> dict:
-    ann_file = f'{folder}/annotations/instances_val.json'
-    options = {f'{split}_dataloader.dataset.data_root': f'{folder}/' for split in SPLITS}
-    return {**options, 'val_evaluator.ann_file': ann_file, 'test_evaluator.ann_file': ann_file}
-
-
-@cache
-def example_config() -> Config:
-    return Config.fromfile(CONFIG)
-
-
-def detection_config(folder: Path, **options: object) -> Config:
-    cfg = copy.deepcopy(example_config())
-    cfg.merge_from_dict({**data_options(folder), **options})
-    return cfg
-
-
-def found(report: DatasetReport) -> dict[tuple[str, str], list[str]]:
-    """Examples by level and kind."""
-    examples: dict[tuple[str, str], list[str]] = {}
-    for problem in [*report.problems('error'), *report.problems('warning')]:
-        examples.setdefault((problem.level, problem.kind), []).extend(problem.examples)
-    return examples
-
-
-def printed(report: DatasetReport) -> str:
-    stream = io.StringIO()
-    report.print(Console(file=stream, width=120))
-    return stream.getvalue()
-
-
-@pytest.fixture
-def damaged(shapes, tmp_path):
-    """A copy of the generated data set, to be damaged."""
-    return Path(shutil.copytree(shapes, tmp_path / 'shapes'))
-
-
-def edit(folder: Path, change) -> None:
-    file = folder / 'annotations' / 'instances_train.json'
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 # --- detection ----------------------------------------------------------------------------
@@ -219,87 +176,6 @@ def test_damaged_annotations_are_named(damaged, undamaged, name):
     if level == 'warning':
         assert not report.problems('error'), printed(report)
     assert re.search(rf'{level}: train: {kind} \(\d+\)', printed(report))
-
-
-LINE, TRIANGLE = [1, 1, 5, 5], [1, 1, 9, 1, 9, 9]
-EVALUATION_DAMAGES = {
-    # cocodataset/cocoapi 507: id 0 means no match
-    'id 0': (lambda ann: ann.update(id=0), 'id 0'),
-    'id as text': (lambda ann: ann.update(id='1'), 'id 0'),
-    # cocodataset/cocoapi 374
-    'no iscrowd': (lambda ann: ann.pop('iscrowd'), 'without iscrowd'),
-    # jsbroks/coco-annotator 169
-    'a point': (lambda ann: ann.update(segmentation=[[3, 3]]), 'cannot read'),
-    'nothing': (lambda ann: ann.update(segmentation=[[]]), 'cannot read'),
-    'a line before a polygon': (lambda ann: ann.update(segmentation=[LINE, TRIANGLE]), 'cannot'),
-    'no mask': (lambda ann: ann.pop('segmentation'), 'cannot read'),
-}
-
-
-@pytest.mark.parametrize('name', EVALUATION_DAMAGES)
-def test_what_evaluation_would_fail_on_is_refused_before_training(damaged, name):
-    change, message = EVALUATION_DAMAGES[name]
-    file = damaged / 'annotations' / 'instances_val.json'
-    content = json.loads(file.read_text())
-    change(content['annotations'][1])
-    file.write_text(json.dumps(content))
-    cfg = detection_config(damaged)
-    with pytest.raises(ValueError, match=message):
-        check_data(cfg, ('val',))
-    report = inspect_data(cfg, ('val',), samples=0)
-    assert any(message in problem.kind for problem in report.problems('error')), printed(report)
-
-
-def test_a_line_behind_a_polygon_is_evaluated(damaged):
-    file = damaged / 'annotations' / 'instances_val.json'
-    content = json.loads(file.read_text())
-    content['annotations'][1]['segmentation'] = [TRIANGLE, LINE]
-    file.write_text(json.dumps(content))
-    check_data(detection_config(damaged), ('val',))
-
-
-def test_joined_validation_sets_with_one_evaluator_are_refused(shapes):
-    # open-mmlab/mmdetection 8785: AP50 of a perfect prediction is 0.835
-    cfg = detection_config(shapes)
-    part = cfg.val_dataloader.dataset
-    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[part, copy.deepcopy(part)])
-    with pytest.raises(ValueError, match=r'instances_val.json.*joins.*MultiDatasetsEvaluator'):
-        check_data(cfg, ('val',))
-
-
-def test_objects_of_other_formats_are_counted(tmp_path):
-    # open-mmlab/mmdetection 11592: a class spelt otherwise, a box whose corners are exchanged
-    for folder in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
-        (tmp_path / 'VOC2007' / folder).mkdir(parents=True)
-    boxes = {'cat': (3, 3, 20, 20), 'dog': (30, 3, 9, 20), 'Horse': (3, 3, 20, 20)}
-    for i, (name, box) in enumerate(boxes.items()):
-        corners = ''.join(f'<{k}>{v}</{k}>' for k, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
-        (tmp_path / 'VOC2007' / 'Annotations' / f'{i}.xml').write_text(
-            '<annotation><size><width>64</width><height>64</height></size><object>'
-            f'<name>{name}</name><difficult>0</difficult><bndbox>{corners}</bndbox></object>'
-            '</annotation>'
-        )
-        cv2.imwrite(f'{tmp_path}/VOC2007/JPEGImages/{i}.jpg', np.zeros((64, 64, 3), np.uint8))
-    (tmp_path / 'VOC2007' / 'ImageSets' / 'Main' / 'train.txt').write_text('0\n1\n2\n')
-    dataset = dict(
-        type='VOCDataset',
-        data_root=f'{tmp_path}/',
-        ann_file='VOC2007/ImageSets/Main/train.txt',
-        data_prefix=dict(sub_data_root='VOC2007/'),
-        metainfo=dict(classes=('cat', 'dog', 'horse')),
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')],
-    )
-    cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=dataset)))
-    problems = found(inspect_data(cfg, ('train',)))
-    assert problems['warning', 'classes without objects'] == ['horse']
-    assert len(problems['error', 'boxes without area']) == 1
-
-
-def change_val(folder: Path, change) -> None:
-    file = folder / 'annotations' / 'instances_val.json'
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
 
 
 NOT_PERFECT = 'evaluations in which a perfect prediction is not perfect'
@@ -470,40 +346,6 @@ def test_command_line(damaged):
 
 
 # --- segmentation -------------------------------------------------------------------------
-CLASSES = ('road', 'tree', 'sky')
-
-
-@pytest.fixture
-def scenes(tmp_path):
-    """Four images with label maps of three classes and ignored pixels."""
-    rng = np.random.default_rng(0)
-    for folder in ('images', 'labels'):
-        (tmp_path / folder).mkdir()
-    for i in range(4):
-        cv2.imwrite(str(tmp_path / 'images' / f'{i}.jpg'), rng.integers(0, 255, (24, 32, 3)))
-        write_labels(tmp_path, i, rng.choice([0, 1, 2, 255], (24, 32)))
-    return tmp_path
-
-
-def write_labels(folder: Path, i: int, label_map: np.ndarray, dtype: type = np.uint8) -> None:
-    cv2.imwrite(str(folder / 'labels' / f'{i}.png'), label_map.astype(dtype))
-
-
-def segmentation_config(folder: Path, **dataset: object) -> Config:
-    dataset = dict(
-        type='BaseSegDataset',
-        data_root=str(folder),
-        data_prefix=dict(img_path='images', seg_map_path='labels'),
-        metainfo=dict(classes=CLASSES),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
-        ],
-        **dataset,
-    )
-    model = dict(decode_head=dict(num_classes=3), auxiliary_head=[dict(num_classes=3)])
-    return Config(dict(train_dataloader=dict(dataset=dataset), model=model, default_scope='mmseg'))
 
 
 def test_good_label_maps(scenes):
@@ -512,22 +354,6 @@ def test_good_label_maps(scenes):
     (counts,) = report.counts
     assert (counts.images, counts.labels, counts.classes) == (4, 4, 3)
     assert (counts.decoded, counts.loaded) == (4, 4)
-
-
-@pytest.mark.parametrize('orientation', [3, 6])
-def test_images_with_an_orientation_tag_are_named(scenes, orientation):
-    # facebookresearch/detectron2 788: the image is turned, its label map is not
-    file = scenes / 'images' / '1.jpg'
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    Image.open(file).save(file, exif=exif)
-    cfg = segmentation_config(scenes)
-    kinds = {p.kind: p.examples for p in inspect_data(cfg).problems('error')}
-    (turned,) = [examples for kind, examples in kinds.items() if 'orientation tag' in kind]
-    assert turned == [f'{file}: orientation {orientation}']
-    cfg.train_dataloader.dataset.pipeline[0].color_type = 'color_ignore_orientation'
-    kinds = [p.kind for p in inspect_data(cfg).problems('error')]
-    assert not any('orientation tag' in kind for kind in kinds)
 
 
 def test_label_maps_that_are_resized_before_evaluation(scenes):
@@ -639,17 +465,6 @@ def test_classes_without_pixels_are_told_only_of_all_label_maps(scenes, reduce_z
     cfg = segmentation_config(scenes, reduce_zero_label=reduce_zero_label)
     assert found(inspect_data(cfg)) == {('warning', 'classes without pixels'): absent}
     assert not found(inspect_data(cfg, samples=2))
-
-
-def test_one_class_beside_ignored_pixels_is_an_error(scenes):
-    # open-mmlab/mmsegmentation 1609: binary masks of 0 and 255, mIoU 100 and nothing learned
-    for i in range(4):
-        label_map = np.zeros((24, 32), np.uint8)
-        label_map[:6] = 255
-        write_labels(scenes, i, label_map)
-    (problem,) = inspect_data(segmentation_config(scenes)).problems('error')
-    assert 'one class and ignored pixels' in problem.kind
-    assert '25.0% ignored ([255])' in problem.examples[0]
 
 
 def test_images_of_another_suffix_are_no_data(scenes):

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, run_python
 from PIL import Image
 
-from mmsvit.datasets.coco_annotations import count_left_out
+from mmsvit.datasets.coco_annotations import summarise
 
 CLASSES = ['circle', 'square', 'triangle', 'star', 'ring']
 
@@ -60,7 +60,7 @@ def write_damaged(folder: Path) -> Path:
     'all counted; weights finite',
 )
 def test_what_is_left_out_is_counted(tmp_path):
-    counts = count_left_out(json.loads(write_damaged(tmp_path).read_text()))
+    counts = summarise(json.loads(write_damaged(tmp_path).read_text())).left_out
     assert counts == {
         # A box of half a pixel as well, in the image of one.
         'boxes without area, skipped by MMDetection': 2,

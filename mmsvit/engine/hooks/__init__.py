@@ -5,6 +5,7 @@ from .check_dataset_hook import CheckDatasetHook
 from .deploy_hook import DeployHook
 from .drop_path_hook import DropPathHook
 from .exact_resume_hook import ExactResumeHook
+from .log_errors_hook import LogErrorsHook
 from .non_finite_hook import NonFiniteHook
 from .run_record_hook import RunRecordHook
 from .safe_checkpoint_hook import SafeCheckpointHook
@@ -18,6 +19,7 @@ __all__ = [
     'DeployHook',
     'DropPathHook',
     'ExactResumeHook',
+    'LogErrorsHook',
     'NonFiniteHook',
     'RunRecordHook',
     'SafeCheckpointHook',

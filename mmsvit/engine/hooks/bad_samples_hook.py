@@ -13,31 +13,11 @@ from mmengine.dataset import Compose
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
-from PIL import Image
 
+from ...datasets.image_files import refuse_truncated
 from ...datasets.quick_checks import built_datasets
+from ...datasets.report import printable
 from ...registry import HOOKS
-
-# First and last bytes of formats that OpenCV reads without an error if the end is missing.
-_BEGIN_AND_END = ((b'\xff\xd8', b'\xff\xd9'), (b'\x89PNG', b'IEND\xaeB`\x82'))
-_TAIL = 64  # bytes: some programs write a few of their own after the end
-
-
-def refuse_truncated(path: str | Path) -> None:
-    """Refuse a truncated JPEG or PNG file, which OpenCV would fill up with grey.
-
-    Cheap: Pillow decodes the image only if the last bytes are wrong.
-
-    Raises:
-        OSError: The file is truncated, missing or unreadable.
-    """
-    with Path(path).open('rb') as file:
-        head = file.read(4)
-        file.seek(max(0, file.seek(0, 2) - _TAIL))
-        tail = file.read()
-    if any(head.startswith(begin) and end not in tail for begin, end in _BEGIN_AND_END):
-        with Image.open(path) as image:
-            image.load()
 
 
 class GuardedPipeline(Compose):
@@ -75,7 +55,7 @@ class GuardedPipeline(Compose):
             return None
 
     def _skip(self, name: str, error: Exception) -> None:
-        why = f'{name}: {type(error).__name__}: {error}'
+        why = printable(f'{name}: {type(error).__name__}: {error}')
         if not self.limit:
             raise RuntimeError(f'a {self.split} sample cannot be loaded: {why}') from error
         key = zlib.crc32(name.encode())

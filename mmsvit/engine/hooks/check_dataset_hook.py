@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
-from ...datasets.quick_checks import built_datasets, check_class_folders, check_classes, read_coco
+from ...datasets.quick_checks import (
+    built_datasets,
+    check_batch,
+    check_class_folders,
+    check_classes,
+    read_coco,
+)
+from ...models.mm_models import unwrap
 from ...registry import HOOKS
 
 
@@ -35,6 +45,8 @@ class CheckDatasetHook(Hook):
         if runner.val_loop is not None:
             datasets['val'] = runner.val_dataloader.dataset
         _check(runner, datasets)
+        if runner.val_loop is not None:
+            _check_batches(runner, 'val', runner.val_dataloader)
 
     def before_test(self, runner: Runner) -> None:
         """Check test data.
@@ -43,6 +55,26 @@ class CheckDatasetHook(Hook):
             ValueError, FileNotFoundError: What is wrong, and with which data set.
         """
         _check(runner, {'test': runner.test_dataloader.dataset})
+        _check_batches(runner, 'test', runner.test_dataloader)
+
+
+def _check_batches(runner: Runner, split: str, loader: DataLoader) -> None:
+    """Check the first batch now, and each before it is evaluated."""
+    dataset: Any = loader.dataset
+    size = getattr(loader, 'batch_size', None) or 1
+    if size == 1 or not hasattr(unwrap(runner.model), 'data_preprocessor'):
+        return
+
+    def check(module: nn.Module, arguments: tuple) -> None:
+        if not module.training and isinstance(arguments[0].get('inputs'), list):
+            check_batch(split, size, dataset, arguments[0]['inputs'])
+
+    unwrap(runner.model).data_preprocessor.register_forward_pre_hook(check)
+    with suppress(
+        OSError, KeyError, AttributeError, RuntimeError, TypeError
+    ):  # Named when evaluated.
+        first = [dataset[i]['inputs'] for i in range(min(size, len(dataset)))]
+        check_batch(split, size, dataset, first)
 
 
 def _check(runner: Runner, datasets: dict[str, object]) -> None:
@@ -58,7 +90,7 @@ def _check_part(runner: Runner, split: str, part: BaseDataset) -> None:
         classes = part.metainfo.get('classes')
         check_classes(split, part.ann_file, classes, type(part))
         if classes is not None:
-            for what, number in read_coco(part.ann_file)[1].items():
+            for what, number in read_coco(part.ann_file).left_out.items():
                 if number == 1:
                     what = what.replace('boxes', 'box').replace('images', 'image')
                 runner.logger.warning(f'{split} annotations {part.ann_file!r}: {number:,} {what}')

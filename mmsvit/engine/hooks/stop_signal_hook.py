@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
@@ -17,11 +18,15 @@ from ...registry import HOOKS
 from .non_finite_hook import in_accumulation
 from .safe_checkpoint_hook import SafeCheckpointHook
 
+# Seconds within which a signal is the same as before: torchrun passes on what all processes have got.
+REPEATED = 2.0
+
 
 class LeaveSignalsToMain:
     """Start a data worker that ignores signals to its process group.
 
-    A signal that its main process sends, after the checkpoint, still ends it.
+    A signal that its main process sends, after the checkpoint, still ends it, and so does the end of
+    its main process, whatever the worker is waiting for.
 
     Args:
         signals: Numbers of the signals.
@@ -30,6 +35,7 @@ class LeaveSignalsToMain:
 
     def __init__(self, signals: Sequence[int], init: Callable[[int], None] | None) -> None:
         self.signals, self.init = signals, init
+        self.main = os.getpid()
 
     def __call__(self, worker_id: int) -> None:
         """Set up the worker."""
@@ -40,8 +46,10 @@ class LeaveSignalsToMain:
             self.init(worker_id)
 
     def _wait(self) -> None:
-        while signal.sigwaitinfo(self.signals).si_pid != os.getppid():
-            pass
+        while os.getppid() == self.main:
+            received = signal.sigtimedwait(self.signals, 1.0)
+            if received is not None and received.si_pid == self.main:
+                break
         os._exit(0)
 
 
@@ -52,7 +60,8 @@ class StopSignalHook(Hook):
     The iteration is finished first, and with gradient accumulation the step. All ranks stop after
     the same iteration, whichever got the signal. The exit status is 128 plus the number of the
     signal, as shells report it: 143 for SIGTERM, 130 for SIGINT (Ctrl-C), 129 for SIGHUP (a closed
-    terminal). A second Ctrl-C stops at once. Signals that are ignored when training starts, as
+    terminal). A second Ctrl-C stops at once, and so does any second signal after two seconds, without a
+    checkpoint, whatever the run is waiting for. Signals that are ignored when training starts, as
     under ``nohup``, stay ignored.
 
     A signal during evaluation stops at once if the weights have been saved, else after the next
@@ -75,6 +84,7 @@ class StopSignalHook(Hook):
         self._received = 0
         self._before: dict[int, Callable | int | None] = {}
         self._checkpoint_hook: SafeCheckpointHook | None = None
+        self._wakeup: tuple[int, int] | None = None  # file descriptors: the one before, and ours
 
     def before_train(self, runner: Runner) -> None:
         """Install the signal handlers."""
@@ -88,6 +98,10 @@ class StopSignalHook(Hook):
         self.signals = [n for n in self.signals if signal.getsignal(n) is not signal.SIG_IGN]
         for number in self.signals:
             self._before[number] = signal.signal(number, self._receive)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        self._wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False), writing
+        threading.Thread(target=self._leave_at_second, args=(reading,), daemon=True).start()
         loaders = [runner.train_dataloader]
         if runner.val_loop is not None:
             loaders.append(runner.val_dataloader)
@@ -98,6 +112,28 @@ class StopSignalHook(Hook):
         self._received = number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
+
+    def _leave_at_second(self, reading: int) -> None:
+        """End the process at a second signal, from a thread: the main one may wait for ever."""
+        first = None
+        while received := os.read(reading, 1):
+            number = received[0]
+            if number not in self.signals:
+                continue
+            first = first or time.monotonic()
+            ours = signal.getsignal(number) in (self._receive, signal.default_int_handler)
+            if ours and time.monotonic() - first > REPEATED:
+                name = signal.Signals(number).name
+                os.write(2, f'second {name}: left without a checkpoint\n'.encode())
+                os._exit(128 + number)
+        os.close(reading)
+
+    def _stop_watching(self) -> None:
+        if self._wakeup is not None:
+            before, ours = self._wakeup
+            signal.set_wakeup_fd(before)
+            os.close(ours)
+            self._wakeup = None
 
     def after_train_iter(
         self,
@@ -140,6 +176,7 @@ class StopSignalHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Restore the previous signal handlers."""
+        self._stop_watching()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -147,4 +184,5 @@ class StopSignalHook(Hook):
         runner.logger.warning(
             f'{signal.Signals(number).name}: saved {checkpoint} and stopped; continue with --resume'
         )
+        self._stop_watching()
         raise SystemExit(128 + number)
