@@ -45,6 +45,11 @@ class Float32RoIExtractor(BaseModule):
         self.num_inputs: int = self.extractor.num_inputs
         self.out_channels, self.featmap_strides = out_channels, featmap_strides
 
+    @property
+    def roi_layers(self) -> nn.ModuleList:
+        """The pooling of each stride."""
+        return self.extractor.roi_layers
+
     def forward(
         self, feats: Sequence[Tensor], rois: Tensor, roi_scale_factor: float | None = None
     ) -> Tensor:
