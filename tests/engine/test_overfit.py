@@ -50,6 +50,20 @@ def test_trains_and_evaluates_on_the_same_images_as_they_are(shapes):
     assert (one.bboxes.tensor - truth.tensor * factor).abs().max() < 1e-3
 
 
+def test_a_segmentor_gets_whole_images_and_a_steady_learning_rate():
+    cfg = Config.fromfile(ROOT / 'configs' / 'camvid' / 'svit-s_fpn_1xb8-4k_camvid.py')
+    overfit_config(cfg, 4, 60)
+    steps = [step['type'] for step in cfg.train_dataloader.dataset.pipeline]
+    assert steps == ['LoadImageFromFile', 'LoadAnnotations', 'PackSegInputs']
+    places = [cfg[f'{split}_dataloader'].dataset.data_prefix for split in ('train', 'val')]
+    assert places[0] == places[1] and places[0].img_path == 'train'
+    # Those of 480x360 would not fit into the 352x352 of a crop.
+    assert cfg.model.data_preprocessor.size is None
+    assert cfg.model.data_preprocessor.size_divisor == 32
+    assert cfg.model.backbone.drop_path_rate == 0
+    assert len(cfg.param_scheduler) == 1 and cfg.param_scheduler[0].end < 60
+
+
 def test_what_it_is_not_for_is_refused():
     cfg = Config.fromfile(ROOT / 'configs' / 'svit' / 'svit-small_8xb128_in1k.py')
     with pytest.raises(ValueError, match='for detectors and segmentors'):
