@@ -1,6 +1,7 @@
 """Train a detector, segmentor or classifier.
 
 python tools/train.py configs/svit_maskrcnn_coco.py
+python tools/train.py configs/svit_maskrcnn_coco.py --overfit 16     # can it learn 16 images?
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from mmsvit.cli import (
     start_processes,
 )
 from mmsvit.datasets.quick_checks import check_data
+from mmsvit.engine.overfit import WARM_UP, evaluate_only_these, judge, overfit_config
+from mmsvit.visualization.training_curves import read_curves
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,8 +60,23 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='scale the learning rate by the actual batch size over auto_scale_lr.base_batch_size',
     )
+    parser.add_argument(
+        '--overfit',
+        type=int,
+        metavar='N',
+        help='train and evaluate on the first N training images, without augmentation, into '
+        'WORK_DIR_overfit, and say whether they were learned; the exit status is 1 if not',
+    )
+    parser.add_argument('--overfit-iters', type=int, help='iterations of --overfit, by default 500')
     add_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.overfit is None and args.overfit_iters is not None:
+        parser.error('--overfit-iters needs --overfit')
+    args.overfit_iters = 500 if args.overfit_iters is None else args.overfit_iters
+    for option, least in (('overfit', 1), ('overfit_iters', WARM_UP + 1)):
+        if getattr(args, option) is not None and getattr(args, option) < least:
+            parser.error(f'--{option.replace("_", "-")} must be {least} or more')
+    return args
 
 
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
@@ -108,6 +126,10 @@ def main() -> None:
     if args.trust_checkpoint:
         trust_checkpoints()
     cfg = load_config(args)
+    if args.overfit is not None:
+        overfit_config(cfg, args.overfit, args.overfit_iters)
+        if args.work_dir is None:
+            cfg.work_dir += '_overfit'
     check_data(cfg, ('train', 'val'))
     start_processes(cfg, args.local_rank, trains=True)
     check_writable(cfg.work_dir)
@@ -119,7 +141,13 @@ def main() -> None:
                 raise SystemExit(f'--{option.replace("_", "-")} needs default_hooks.run_record')
             cfg.default_hooks.run_record[option] = True
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if args.overfit is not None:
+        evaluate_only_these(runner)
     runner.train()
+    if args.overfit is not None and runner.rank == 0:
+        learned, text = judge(read_curves(cfg.work_dir))
+        print(text)
+        raise SystemExit(0 if learned else 1)
 
 
 if __name__ == '__main__':
