@@ -49,9 +49,10 @@ def _locate_strips(
     STRIPS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Channels of this program and whether they exist; then for each of its strips: if it exists,
-    the number of the token in row 0 of its image, its first row, its first column. Last, where
-    numbers of tokens count from.
+    """Channels of this program, and its strips.
+
+    Of channels, whether they exist; of strips, if they exist, the number of the token in row 0 of
+    the image, the first row, the first column. Last, from where numbers of tokens count.
     """
     blocks = (CHANNELS + BLOCK - 1) // BLOCK
     channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
