@@ -27,7 +27,7 @@ SAMPLED = [(8, 64), (4, 128), (8, 96), (4, 192), (2, 320), (2, 384)]
 
 
 def compiled_kernels(
-    capability: int, channels: list[int], dtypes: list[torch.dtype]
+    capability: int, channels: list[int], dtypes: list[torch.dtype], kernels: list[str]
 ) -> Iterator[tuple[str, Any]]:
     """A label and the kernel, for each that the backend ``triton`` launches."""
     os.environ.pop('TRITON_INTERPRET', None)
@@ -57,7 +57,7 @@ def compiled_kernels(
     try:
         for dtype in dtypes:
             name = str(dtype).removeprefix('torch.')
-            for c in channels:
+            for c in channels if 'ffn' in kernels else []:
                 case = f'{c}, {name}'
                 x, kernel, bias = (
                     torch.empty(2, 20, 28, c, dtype=dtype), torch.empty(c, 1, 3, 3), torch.empty(c)
@@ -65,7 +65,7 @@ def compiled_kernels(
                 for b1 in (bias, None):
                     triton_conv_ffn._convolve(x, b1, kernel, bias)
                     triton_conv_ffn._convolve_backward(x, x, b1, kernel, True)
-            for cell, c in SAMPLED:
+            for cell, c in SAMPLED if 'sampling' in kernels else []:
                 case = f'{c} in cells of {cell}x{cell}, {name}'
                 x = torch.empty(2, 40, 56, c, dtype=dtype)
                 supers, association, mass = triton_backend.sample(x, (cell, cell), 1)
@@ -99,7 +99,10 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
     programs = min(
         65536 // (of_warp * warps), memory * 1024 // (shared + 1024), most_warps // warps, 32
     )
-    widths = [int(width or 32) for width in re.findall(r'LDG\.E(?:\.(64|128))?', code.stdout)]
+    widths = [
+        int(width or 32)
+        for width in re.findall(r'LDG(?:STS)?\.E\S*?(?:\.(64|128)\S*)? ', code.stdout)
+    ]
     return dict(
         registers=registers,
         spilled=stack,
@@ -115,13 +118,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--capability', type=int, choices=SMS, default=90)
-    parser.add_argument('--channels', type=int, nargs='+', default=[256, 512, 1280])
+    parser.add_argument('--channels', type=int, nargs='+', default=[256])
     parser.add_argument('--dtypes', nargs='+', default=['bfloat16', 'float32'])
+    parser.add_argument(
+        '--kernels', nargs='+', choices=['ffn', 'sampling'], default=['ffn', 'sampling']
+    )
     args = parser.parse_args()
     print('| kernel | channels, dtype | registers | spilled | shared memory | access | occupancy |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    for label, kernel in compiled_kernels(args.capability, args.channels, dtypes):
+    for label, kernel in compiled_kernels(args.capability, args.channels, dtypes, args.kernels):
         found = describe(kernel, args.capability)
         print(
             f'| {label} | {found["registers"]} | {found["spilled"]} B | {found["shared"]} B '

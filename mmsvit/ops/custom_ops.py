@@ -150,18 +150,19 @@ def _eager_function(compute: Callable, setup: Callable, backward: Callable) -> t
             setup(ctx, inputs, output)
             return output
 
-    Eager.backward = staticmethod(backward)  # type: ignore[assignment]
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
     return Eager
 
 
 _EAGER: dict[CustomOpDef, type[Function]] = {}
-for operator, *how in (
+_STEPS: tuple[tuple[CustomOpDef, Callable, Callable, Callable], ...] = (
     (sample, _compute_sample, _setup_sample, _backward_of_sample),
     (aggregate, _compute_aggregate, _setup_aggregate, _backward_of_aggregate),
     (distribute, _compute_distribute, _setup_distribute, _backward_of_distribute),
-):
-    operator.register_autograd(how[2], setup_context=how[1])
-    _EAGER[operator] = _eager_function(*how)
+)
+for _operator, _compute, _setup, _backward in _STEPS:
+    _operator.register_autograd(_backward, setup_context=_setup)
+    _EAGER[_operator] = _eager_function(_compute, _setup, _backward)
 
 
 def call(operator: CustomOpDef, *inputs: Any) -> Any:

@@ -18,7 +18,7 @@ softmax, association by tokens, which gives the tile's part of each super token.
 A second kernel adds up the parts that belong to a super token, always in the
 same order. Nothing is added atomically: the same input gives the same bits.
 The parts are float32, (a + 2) x (b + 2) x C for a tile; between the two kernels
-they mostly stay in the L2 cache. Beyond 256 channels a tile is read a second
+they mostly stay in the L2 cache. Beyond 128 channels a tile is read a second
 time, from the cache, by the program that has just read it.
 
 Tokens beyond the edge of the map are zeros that nobody stores, and neighbours
@@ -357,8 +357,9 @@ def _tiling(super_token_size: Sequence[int], channels: int, element_size: int) -
     Tiles of up to 32 KB: large enough to load at full width, small enough for registers.
     """
     cell = super_token_size[0] * super_token_size[1]
-    block = max(next_power_of_2(channels), 16) if channels <= 256 else 128
-    most = 8192 // block
+    # More than 128 channels at once would take so many registers that few programs run together.
+    block = max(next_power_of_2(channels), 16) if channels <= 128 else 64
+    most = 8192 // block if channels <= 128 else 32
     # Patches that fill the smallest product, of 16 super tokens, or the next one of 32.
     candidates = [(2, 2), (1, 2)]
     if cell <= 8 and block <= 128:

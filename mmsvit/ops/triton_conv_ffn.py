@@ -310,9 +310,17 @@ def _convolve(x: Tensor, b1: Tensor | None, kernel: Tensor, bias: Tensor) -> Ten
     output = torch.empty_like(x)
     sizes, compiled = _tiling(x, 2, ROWS_FORWARD)
     programs = cdiv(sizes[0], compiled['STRIPS']) * cdiv(x.shape[3], compiled['BLOCK'])
-    b1 = bias if (gelu := b1 is not None) is False else launchable(b1)
     with torch.cuda.device_of(x):
-        _forward_kernel[(programs,)](x, b1, kernel, bias, output, *sizes, GELU=gelu, **compiled)
+        _forward_kernel[(programs,)](
+            x,
+            bias if b1 is None else launchable(b1),
+            kernel,
+            bias,
+            output,
+            *sizes,
+            GELU=b1 is not None,
+            **compiled,
+        )
     return output.to(dtype)
 
 
