@@ -112,8 +112,8 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
     )
 
 
-def main() -> None:
-    """Print a table."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments; ``argv`` are the command line's by default."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +123,12 @@ def main() -> None:
     parser.add_argument(
         '--kernels', nargs='+', choices=['ffn', 'sampling'], default=['ffn', 'sampling']
     )
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Print a table."""
+    args = parse_args()
     print('| kernel | channels, dtype | registers | spilled | shared memory | access | occupancy |')
     print('| --- | --- | --- | --- | --- | --- | --- |')
     dtypes = [getattr(torch, name) for name in args.dtypes]

@@ -358,8 +358,10 @@ def _tiling(super_token_size: Sequence[int], channels: int, element_size: int) -
     """
     cell = super_token_size[0] * super_token_size[1]
     # More than 128 channels at once would take so many registers that few programs run together.
-    block = max(next_power_of_2(channels), 16) if channels <= 128 else 64
-    most = 8192 // block if channels <= 128 else 32
+    block = (
+        max(next_power_of_2(channels), 16) if channels <= 128 else 64 if channels <= 256 else 128
+    )
+    most = 32 if 128 < channels <= 256 else 8192 // block
     # Patches that fill the smallest product, of 16 super tokens, or the next one of 32.
     candidates = [(2, 2), (1, 2)]
     if cell <= 8 and block <= 128:
