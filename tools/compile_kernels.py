@@ -112,8 +112,8 @@ def describe(kernel: Any, capability: int) -> dict[str, Any]:
     )
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments; ``argv`` are the command line's by default."""
+def parse_args() -> argparse.Namespace:
+    """Arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--kernels', nargs='+', choices=['ffn', 'sampling'], default=['ffn', 'sampling']
     )
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def main() -> None:
