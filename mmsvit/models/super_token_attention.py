@@ -37,17 +37,21 @@ class GlobalAttention(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Queries, keys and values of ``(N, H, W, C)``, as ``(3, N, heads, H*W, C/heads)``."""
+        return self._grouped(x).permute(3, 0, 2, 1, 4)
+
+    def _grouped(self, x: Tensor) -> Tensor:
         # The published projection groups its output per head: [head 0: q k v | head 1: q k v | ...].
-        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (self.num_heads, 3, -1))
-        return qkv.permute(3, 0, 2, 1, 4)
+        return self.qkv(x).flatten(1, 2).unflatten(2, (self.num_heads, 3, -1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
         n, height, width, channels = x.shape
-        qkv = self.project(x)
         if x.device.type == 'cpu':
-            qkv = qkv.contiguous()  # Rows far apart cost the CPU's kernel more than the copy.
-        query, key, value = qkv.unbind(0)
+            # Rows far apart cost the CPU's kernel more than the copy.
+            query, key, value = self.project(x).contiguous().unbind(0)
+        else:
+            # The gradients are put together as the projection has them, without a copy.
+            query, key, value = (t.transpose(1, 2) for t in self._grouped(x).unbind(3))
         x = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.attn_drop_rate if self.training else 0.0
         )

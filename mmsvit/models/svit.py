@@ -194,6 +194,7 @@ class ConvFFN(nn.Module):
             self.dwconv = nn.Conv2d(hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims)
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
+        self.recompute = False  # SViT sets it.
         self.ops_backend = ops_backend
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
@@ -206,6 +207,7 @@ class ConvFFN(nn.Module):
             self.fc2,
             self.drop,
             residual=residual,
+            recompute=self.recompute,
             backend=self.ops_backend,
         )
 
@@ -315,7 +317,8 @@ class SViT(BaseModule):
         norm_eval: Whether batch norms keep their running statistics in training.
         out_norm_cfg: A norm for each output, which the published classifier does not
             have: None, or ``type`` ``'LN'`` (over channels), ``'BN'`` or ``'SyncBN'``.
-        with_cp: Whether to trade time for memory by gradient checkpointing.
+        with_cp: Whether to trade time for memory by gradient checkpointing: of blocks, or with
+            ``'ffn'`` of the FFNs' wide maps alone, which costs less of either.
         ops_backend: Which backend computes sampling, distribution, FFN and depthwise convolutions:
             ``'auto'``, ``'torch'``, ``'cpu'`` or ``'triton'``, see
             :func:`mmsvit.ops.choose_backend`. One that cannot run where the images are
@@ -347,7 +350,7 @@ class SViT(BaseModule):
         norm_cfg: dict = dict(type='BN'),
         norm_eval: bool = False,
         out_norm_cfg: dict | None = None,
-        with_cp: bool = False,
+        with_cp: bool | str = False,
         ops_backend: str = 'auto',
         init_cfg: dict | None = None,
     ) -> None:
@@ -367,6 +370,8 @@ class SViT(BaseModule):
             norm_cfg=norm_cfg,
             out_norm_cfg=out_norm_cfg,
         )
+        if with_cp not in (True, False, 'ffn'):
+            raise ValueError(f"with_cp must be True, False or 'ffn', found {with_cp!r}")
         self.pretrained = find_pretrained(init_cfg)
         self.arch = arch
         self.in_channels = in_channels
@@ -410,7 +415,9 @@ class SViT(BaseModule):
                     nn.Conv2d(embed_dims[i], embed_dims[i + 1], 3, stride=2, padding=1),
                     build_norm(norm_cfg, embed_dims[i + 1]),
                 )
-            self.stages.append(Stage(blocks, downsample, with_cp))
+            self.stages.append(Stage(blocks, downsample, bool(with_cp) and with_cp != 'ffn'))
+            for block in blocks:
+                block.ffn.recompute = with_cp == 'ffn'
 
         self.out_norms = nn.ModuleDict()
         if out_norm_cfg is not None:

@@ -89,8 +89,9 @@ def choose_backend(
 
     - ``'torch'``: PyTorch's own operations and layers, on any device.
     - ``'cpu'``: a few rows of the map at a time, so that intermediate results stay in the CPU's cache.
-    - ``'triton'``: fused kernels for super token sampling, and PyTorch's layers, for CUDA GPUs
-      of compute capability 8.0 or more; with ``TRITON_INTERPRET=1`` on any device, slowly.
+    - ``'triton'``: fused kernels for super token sampling, the FFN between its linear layers
+      and the position embedding, for CUDA GPUs of compute capability 8.0 or more; with
+      ``TRITON_INTERPRET=1`` on any device, slowly.
     - ``'auto'``: what the environment variable ``MMSVIT_OPS_BACKEND`` names. If that is unset or
       ``'auto'``: ``'cpu'`` for CPU tensors, ``'triton'`` for CUDA tensors where Triton works
       (once it is :data:`PROVEN_ON_CUDA`), and ``'torch'`` otherwise.

@@ -33,6 +33,7 @@ def conv_ffn(
     fc2: nn.Module,
     drop: nn.Module,
     residual: bool,
+    recompute: bool,
 ) -> Tensor:
     """See :func:`mmsvit.ops.conv_ffn`."""
     weights = (*_weights(fc1), *_weights(dwconv), *_weights(fc2))
@@ -40,7 +41,8 @@ def conv_ffn(
     # Computing the hidden map again pays only where it does not fit into the cache.
     in_one_piece = differentiable and _rows_of_a_piece(x, weights[0]) >= x.shape[1]
     if in_one_piece or _is_half(x, weights[2]):
-        return torch_backend.conv_ffn(x, fc1, act, dwconv, fc2, drop, residual, add_depthwise_conv)
+        layers = fc1, act, dwconv, fc2, drop
+        return torch_backend.conv_ffn(x, *layers, residual, recompute, add_depthwise_conv)
     parameters = (*weights[:2], _add_identity(weights[2]), *weights[3:])
     if differentiable:
         output = _ByRows.apply(x, *parameters)

@@ -9,36 +9,35 @@ gradient of the other, and ``distribute`` is that of ``sample``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.autograd import Function
+from torch.library import CustomOpDef, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from .backend import backend_for
+from .modes import operators_are_seen
 
 
-@custom_op(
-    'mmsvit::sample',
-    mutates_args=(),
-    schema='(Tensor tokens, int[] super_token_size, int num_iters, str backend) '
-    '-> (Tensor, Tensor, Tensor)',
-)
-def sample(
+def _compute_sample(
     tokens: Tensor, super_token_size: Sequence[int], num_iters: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Super tokens, association and mass ``(N, Gh, Gw, 1)``, see :func:`mmsvit.ops.sample`."""
     return backend_for(tokens, backend).sample(tokens, super_token_size, num_iters)
 
 
-@custom_op(
-    'mmsvit::aggregate',
+sample = custom_op(
+    'mmsvit::sample',
     mutates_args=(),
-    schema='(Tensor association, Tensor tokens, Tensor? mass, int[] super_token_size, str backend) '
-    '-> Tensor',
-)
-def aggregate(
+    schema='(Tensor tokens, int[] super_token_size, int num_iters, str backend) '
+    '-> (Tensor, Tensor, Tensor)',
+)(_compute_sample)
+
+
+def _compute_aggregate(
     association: Tensor,
     tokens: Tensor,
     mass: Tensor | None,
@@ -49,13 +48,15 @@ def aggregate(
     return backend_for(tokens, backend).aggregate(association, tokens, mass, super_token_size)
 
 
-@custom_op(
-    'mmsvit::distribute',
+aggregate = custom_op(
+    'mmsvit::aggregate',
     mutates_args=(),
-    schema='(Tensor association, Tensor super_tokens, Tensor? mass, int[] super_token_size, '
-    'SymInt[] token_shape, str backend) -> Tensor',
-)
-def distribute(
+    schema='(Tensor association, Tensor tokens, Tensor? mass, int[] super_token_size, str backend) '
+    '-> Tensor',
+)(_compute_aggregate)
+
+
+def _compute_distribute(
     association: Tensor,
     super_tokens: Tensor,
     mass: Tensor | None,
@@ -67,6 +68,14 @@ def distribute(
     return backend_for(super_tokens, backend).distribute(
         association, super_tokens, mass, super_token_size, token_shape
     )
+
+
+distribute = custom_op(
+    'mmsvit::distribute',
+    mutates_args=(),
+    schema='(Tensor association, Tensor super_tokens, Tensor? mass, int[] super_token_size, '
+    'SymInt[] token_shape, str backend) -> Tensor',
+)(_compute_distribute)
 
 
 @sample.register_fake
@@ -113,24 +122,58 @@ def _setup_distribute(ctx, inputs, output):
 
 def _gradient_of_tokens(ctx, grad):
     association, mass = ctx.saved_tensors
-    return distribute(association, grad, mass, ctx.super_token_size, ctx.token_shape, ctx.backend)
+    inputs = association, grad, mass, ctx.super_token_size, ctx.token_shape, ctx.backend
+    return call(distribute, *inputs)
 
 
 def _backward_of_distribute(ctx, grad):
     association, mass = ctx.saved_tensors
-    gradient = aggregate(association, grad, mass, ctx.super_token_size, ctx.backend)
+    gradient = call(aggregate, association, grad, mass, ctx.super_token_size, ctx.backend)
     return None, gradient, None, None, None, None
 
 
-sample.register_autograd(
-    lambda ctx, grad, *_: (_gradient_of_tokens(ctx, grad), None, None, None),
-    setup_context=_setup_sample,
+def _backward_of_sample(ctx, grad, *_):
+    return _gradient_of_tokens(ctx, grad), None, None, None
+
+
+def _backward_of_aggregate(ctx, grad):
+    return None, _gradient_of_tokens(ctx, grad), None, None, None
+
+
+def _eager_function(compute: Callable, setup: Callable, backward: Callable) -> type[Function]:
+    class Eager(Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            # No zeros in the size of the association for a gradient that it does not have.
+            ctx.set_materialize_grads(False)
+            output = compute(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+    return Eager
+
+
+_EAGER: dict[CustomOpDef, type[Function]] = {}
+_STEPS: tuple[tuple[CustomOpDef, Callable, Callable, Callable], ...] = (
+    (sample, _compute_sample, _setup_sample, _backward_of_sample),
+    (aggregate, _compute_aggregate, _setup_aggregate, _backward_of_aggregate),
+    (distribute, _compute_distribute, _setup_distribute, _backward_of_distribute),
 )
-aggregate.register_autograd(
-    lambda ctx, grad: (None, _gradient_of_tokens(ctx, grad), None, None, None),
-    setup_context=_setup_aggregate,
-)
-distribute.register_autograd(_backward_of_distribute, setup_context=_setup_distribute)
+for _operator, _compute, _setup, _backward in _STEPS:
+    _operator.register_autograd(_backward, setup_context=_setup)
+    _EAGER[_operator] = _eager_function(_compute, _setup, _backward)
+
+
+def call(operator: CustomOpDef, *inputs: Any) -> Any:
+    """Call ``sample``, ``aggregate`` or ``distribute``, as an operator only where one is looked at.
+
+    PyTorch's dispatcher takes longer on the host to call an operator written in Python than small
+    kernels take on a GPU: in eager mode the same functions are called without it.
+    """
+    if operators_are_seen(*(x for x in inputs if isinstance(x, Tensor))):
+        return operator(*inputs)
+    return _EAGER[operator].apply(*inputs)
 
 
 def _product_flops(association_shape: Sequence[int], channels: int) -> int:

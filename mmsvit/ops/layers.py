@@ -21,6 +21,7 @@ def conv_ffn(
     fc2: nn.Module,
     drop: nn.Module,
     residual: bool = False,
+    recompute: bool = False,
     backend: str = 'auto',
 ) -> Tensor:
     """Linear, GELU, ``h + dwconv(h)`` with a depthwise 3x3 convolution, linear (paper, Sec. 3.3).
@@ -34,6 +35,8 @@ def conv_ffn(
         drop: Dropout, after ``act`` and after ``fc2``.
         residual: Whether to add ``x``. The sum may be written into ``x`` where no gradient is
             needed.
+        recompute: Whether the backward pass computes all maps of D channels again, to save memory.
+            Otherwise ``triton`` saves one, and ``cpu`` none that do not fit into the cache.
         backend: See :func:`choose_backend`.
 
     Returns:
@@ -45,7 +48,7 @@ def conv_ffn(
     chosen, layers = backend_for(x, backend), (fc1, act, dwconv, fc2, drop)
     if chosen is not torch_backend and not all(map(is_standard, layers)):
         chosen = torch_backend
-    return chosen.conv_ffn(x, *layers, residual)
+    return chosen.conv_ffn(x, *layers, residual, recompute)
 
 
 def add_depthwise_conv(x: Tensor, conv: nn.Module, backend: str = 'auto') -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 
 def is_tracing() -> bool:
@@ -26,6 +27,15 @@ def wants_own_operators() -> bool:
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
     return torch.jit.is_tracing() or _is_transformed()
+
+
+def operators_are_seen(*tensors: Tensor) -> bool:
+    """Whether a compiler, a dispatch mode (FLOPs, fake tensors) or a subclass sees operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+    )
 
 
 def _is_transformed() -> bool:

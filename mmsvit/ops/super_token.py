@@ -58,7 +58,7 @@ def sample(
         )
     if wants_own_operators():
         return torch_backend.sample(tokens, super_token_size, num_iters)[:2]
-    return custom_ops.sample(tokens, super_token_size, num_iters, backend)[:2]
+    return custom_ops.call(custom_ops.sample, tokens, super_token_size, num_iters, backend)[:2]
 
 
 def distribute(
@@ -102,4 +102,4 @@ def distribute(
     arguments = (association, super_tokens, None, super_token_size, token_shape)
     if wants_own_operators():
         return torch_backend.distribute(*arguments)
-    return custom_ops.distribute(*arguments, backend)
+    return custom_ops.call(custom_ops.distribute, *arguments, backend)

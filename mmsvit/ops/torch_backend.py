@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .modes import is_tracing, needs_grad, without_autocast
 
@@ -165,9 +166,13 @@ def conv_ffn(
     fc2: nn.Module,
     drop: nn.Module,
     residual: bool,
+    recompute: bool,
     add_conv: Callable[[Tensor, nn.Module], Tensor] = add_depthwise_conv,
 ) -> Tensor:
     """See :func:`mmsvit.ops.conv_ffn`; ``add_conv`` adds what ``dwconv`` gives."""
+    if recompute and torch.is_grad_enabled():
+        layers = fc1, act, dwconv, fc2, drop, residual, False, add_conv
+        return checkpoint(conv_ffn, x, *layers, use_reentrant=False)
     hidden = drop(act(fc1(x)))
     if dwconv is not None:
         hidden = add_conv(hidden, dwconv)

@@ -1,4 +1,4 @@
-"""The backend ``triton``: super token sampling for CUDA GPUs, and PyTorch's layers.
+"""The backend ``triton``: super token sampling for CUDA GPUs; :mod:`.triton_conv_ffn` is the rest.
 
 Bytes are what it costs, so the kernels count them. With one pass being all
 tokens once, from or to the device's memory:
@@ -18,7 +18,7 @@ softmax, association by tokens, which gives the tile's part of each super token.
 A second kernel adds up the parts that belong to a super token, always in the
 same order. Nothing is added atomically: the same input gives the same bits.
 The parts are float32, (a + 2) x (b + 2) x C for a tile; between the two kernels
-they mostly stay in the L2 cache. Beyond 256 channels a tile is read a second
+they mostly stay in the L2 cache. Beyond 128 channels a tile is read a second
 time, from the cache, by the program that has just read it.
 
 Tokens beyond the edge of the map are zeros that nobody stores, and neighbours
@@ -40,9 +40,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import JITFunction, cdiv, next_power_of_2
+from triton import cdiv, next_power_of_2
 
-from .torch_backend import EPS, add_depthwise_conv, channels_first, conv_ffn, gelu_affine
+from .torch_backend import EPS, channels_first, gelu_affine
+from .triton_conv_ffn import add_depthwise_conv, conv_ffn, launchable
 
 _EPS = tl.constexpr(EPS)  # Kernels read no other globals.
 
@@ -356,8 +357,11 @@ def _tiling(super_token_size: Sequence[int], channels: int, element_size: int) -
     Tiles of up to 32 KB: large enough to load at full width, small enough for registers.
     """
     cell = super_token_size[0] * super_token_size[1]
-    block = max(next_power_of_2(channels), 16) if channels <= 256 else 128
-    most = 8192 // block
+    # More than 128 channels at once would take so many registers that few programs run together.
+    block = (
+        max(next_power_of_2(channels), 16) if channels <= 128 else 64 if channels <= 256 else 128
+    )
+    most = 32 if 128 < channels <= 256 else 8192 // block
     # Patches that fill the smallest product, of 16 super tokens, or the next one of 32.
     candidates = [(2, 2), (1, 2)]
     if cell <= 8 and block <= 128:
@@ -377,15 +381,6 @@ def _tiling(super_token_size: Sequence[int], channels: int, element_size: int) -
         BLOCK=block,  # channels at a time, a power of 2
         num_warps=8 if tokens * block * element_size > 16384 else 4,
     )
-
-
-def _launchable(tensor: Tensor) -> Tensor:
-    """``tensor`` as the kernels want it."""
-    # Triton's interpreter multiplies bfloat16 wrongly, and rounds to it by truncation.
-    interpreted = not isinstance(_mean_kernel, JITFunction)
-    if interpreted and tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return tensor.contiguous()
 
 
 def _sum_tokens(
@@ -447,7 +442,7 @@ def sample(
     tokens: Tensor, super_token_size: Sequence[int], num_iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`mmsvit.ops.custom_ops.sample`."""
-    dtype, tokens = tokens.dtype, _launchable(tokens)
+    dtype, tokens = tokens.dtype, launchable(tokens)
     n, height, width, channels = tokens.shape
     h, w = super_token_size
     grid_h, grid_w = cdiv(height, h), cdiv(width, w)
@@ -480,7 +475,7 @@ def aggregate(
     association: Tensor, tokens: Tensor, mass: Tensor | None, super_token_size: Sequence[int]
 ) -> Tensor:
     """See :func:`mmsvit.ops.custom_ops.aggregate`."""
-    dtype, tokens = tokens.dtype, _launchable(tokens)
+    dtype, tokens = tokens.dtype, launchable(tokens)
     super_tokens = tokens.new_empty(*association.shape[:3], tokens.shape[3])
     with torch.cuda.device_of(tokens):
         _sum_tokens(tokens, association.contiguous(), super_tokens, mass, super_token_size)
@@ -495,7 +490,7 @@ def distribute(
     token_shape: Sequence[int],
 ) -> Tensor:
     """See :func:`mmsvit.ops.custom_ops.distribute`."""
-    dtype, super_tokens = super_tokens.dtype, _launchable(super_tokens)
+    dtype, super_tokens = super_tokens.dtype, launchable(super_tokens)
     n, grid_h, grid_w, channels = super_tokens.shape
     height, width = token_shape
     tokens = super_tokens.new_empty(n, height, width, channels)

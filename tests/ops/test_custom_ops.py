@@ -387,3 +387,16 @@ def test_kernels_compile_once_for_all_sizes():
     # Where tokens are float32, means are super tokens as well.
     found = run_python('-c', COMPILE).stdout
     assert found.split() == [str(10 + 9 + 10 + 10 + 9)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(('triton', 'cpu') not in OPS_PLACES, reason='no Triton, or a GPU to run on')
+@pytest.mark.parametrize('capability', ['80', '90', '120'])
+def test_kernels_of_the_ffn_keep_to_registers(capability):
+    program = ('tools/compile_kernels.py', '--capability', capability, '--kernels', 'ffn')
+    table = run_python(*program, site=ROOT).stdout.splitlines()[2:]
+    assert len(table) == 2 * 4 + 1  # The last adds up what two of four give, in float32.
+    for row in table:
+        _, _, _, _, spilled, shared, access, _, _ = row.split('|')
+        assert int(spilled.split()[0]) == 0 and int(shared.split()[0]) <= 99 * 1024
+        assert access.strip() == '128 bit'
