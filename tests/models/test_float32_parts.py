@@ -115,9 +115,7 @@ def test_regions_are_pooled_at_their_exact_corners(dtype):
     halves = [each.to(dtype).requires_grad_() for each in maps]
     rois = torch.tensor([[0, 401.37, 301.11, 533.33, 377.77], [0, 3.3, 5.7, 1201.9, 793.3]])
     corners = []
-    extractor.roi_layers[0].register_forward_pre_hook(
-        lambda _, inputs: corners.append(inputs[1])
-    )
+    extractor.roi_layers[0].register_forward_pre_hook(lambda _, inputs: corners.append(inputs[1]))
     with torch.autocast('cpu', dtype):
         pooled = extractor(halves, rois)
     assert (torch.cat(corners)[0] - rois[0]).abs().max() < 0.01
