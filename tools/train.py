@@ -135,6 +135,8 @@ def main() -> None:
     check_writable(cfg.work_dir)
     apply_options(cfg, args)
     add_guards(cfg)
+    if args.overfit is not None and 'run_record' in cfg.default_hooks:
+        args.overwrite = True  # Nobody continues such a run.
     for option in ('force_resume', 'overwrite'):
         if getattr(args, option):
             if 'run_record' not in cfg.default_hooks:
