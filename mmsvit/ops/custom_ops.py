@@ -121,12 +121,16 @@ def _setup_distribute(ctx, inputs, output):
 
 
 def _gradient_of_tokens(ctx, grad):
+    if grad is None:  # A gradient of a gradient that nothing was made of.
+        return None
     association, mass = ctx.saved_tensors
     inputs = association, grad, mass, ctx.super_token_size, ctx.token_shape, ctx.backend
     return call(distribute, *inputs)
 
 
 def _backward_of_distribute(ctx, grad):
+    if grad is None:
+        return None, None, None, None, None, None
     association, mass = ctx.saved_tensors
     gradient = call(aggregate, association, grad, mass, ctx.super_token_size, ctx.backend)
     return None, gradient, None, None, None, None

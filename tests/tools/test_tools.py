@@ -61,9 +61,8 @@ def trained(request, shapes, tmp_path_factory):
     arguments = [tool, CONFIG, '--work-dir', work_dir]
     run_python(*arguments, *options(shapes, 'train_cfg.max_epochs=1'), cwd=work_dir)
     assert (work_dir / 'epoch_1.pth').is_file()
-    result = run_python(
-        *arguments, '--resume', *options(shapes, 'train_cfg.max_epochs=2'), cwd=work_dir
-    )
+    longer = ('train_cfg.max_epochs=2', 'default_hooks.run_record.force_resume=True')
+    result = run_python(*arguments, '--resume', *options(shapes, *longer), cwd=work_dir)
     return request.param, work_dir, result.stdout + result.stderr
 
 
