@@ -36,6 +36,11 @@ def build(name: str) -> tuple[nn.Module, Config]:
     cfg.model.neck.in_channels = [arch['embed_dims'][i] for i in stages]
     if 'num_queries' in cfg.model:
         cfg.model.num_queries = 30
+    if 'roi_head' in cfg.model:  # CPUs are slow in float16.
+        cfg.model.test_cfg.rpn.max_per_img = cfg.model.train_cfg.rpn_proposal.max_per_img = 30
+        stages = cfg.model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 8
     text = cfg.model.to_dict()
     init_default_scope('mmdet')
     torch.manual_seed(0)
@@ -86,7 +91,7 @@ def test_detectors_train_in_mixed_precision(name, dtype, on_a_cpu):
     # Features are in the half type: it is mixed precision that is tried.
     dtypes = []
     model.neck.register_forward_hook(lambda _, __, maps: dtypes.append(maps[0].dtype))
-    data = demo_mm_inputs(2, [[3, 128, 128]] * 2, with_mask='mask' in name, use_box_type=False)
+    data = demo_mm_inputs(2, [[3, 96, 96]] * 2, with_mask='mask' in name, use_box_type=False)
     losses = model.train_step(data, optim_wrapper)
     assert dtypes == [dtype]
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in losses.values()), losses
@@ -144,6 +149,7 @@ def test_boxes_are_decoded_from_exact_anchors(name, dtype):
             outputs = head(maps)
             assert {each.dtype for kind in outputs for each in kind} == {torch.float32}
             cfg = ConfigDict(model.test_cfg.get('rpn', model.test_cfg), score_thr=0.0)
+            cfg.max_per_img = 1000
             (found,) = head.predict_by_feat(*outputs, batch_img_metas=[meta], cfg=cfg)
         boxes.append(found.bboxes)
     assert len(boxes[0]) == len(boxes[1]) > 50
