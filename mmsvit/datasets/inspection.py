@@ -408,12 +408,10 @@ class _SplitInspection:
             if getattr(loader, 'imdecode_backend', None) == 'tifffile':
                 return loader(dict(img_path=path))['img'], content
             return mmcv.imfrombytes(content, flag=flag, backend='pillow'), content
-        except UnidentifiedImageError as error:
-            with suppress(Exception):  # Decoders raise anything.
-                return loader(dict(img_path=path))['img'], content
-            self.error(f'{what} that cannot be decoded', f'{path}: {_describe(error)}')
-            return None, content
         except Exception as error:  # Decoders raise anything.
+            if isinstance(error, UnidentifiedImageError):
+                with suppress(Exception):
+                    return loader(dict(img_path=path))['img'], content
             why = _describe(error)
             if content.startswith(b'version https://git-lfs'):
                 why = 'a pointer of Git LFS in place of the file, which "git lfs pull" brings'

@@ -25,6 +25,7 @@ param_scheduler = [
     dict(
         type='CosineAnnealingLR',
         begin=_warmup + 1,
+        end=300,
         T_max=300,
         eta_min=_eta_min,
         last_step=_warmup - 1,

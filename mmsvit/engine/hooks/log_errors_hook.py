@@ -28,41 +28,43 @@ class LogErrorsHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Guard the log and what the visualizer writes."""
-        for handler in runner.logger.handlers:
+        # Not the runner: loggers and visualizers live on, and would keep its model and process group.
+        logger = runner.logger
+        for handler in logger.handlers:
             if isinstance(handler, logging.FileHandler):
-                guarded: Any = functools.partial(self._handle_error, runner, handler.handleError)
+                guarded: Any = functools.partial(self._handle_error, logger, handler.handleError)
                 handler.handleError = guarded  # type: ignore[method-assign]
         for backend in runner.visualizer._vis_backends.values():
             for name in ('add_image', 'add_scalar', 'add_scalars'):
-                setattr(backend, name, self._guard(runner, getattr(backend, name)))
+                setattr(backend, name, self._guard(logger, getattr(backend, name)))
 
     def _handle_error(
         self,
-        runner: Runner,
+        logger: logging.Logger,
         default: Callable[[logging.LogRecord], None],
         record: logging.LogRecord,
     ) -> None:
         """What logging calls in place of raising an error."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
-            self._say(runner, error)
+            self._say(logger, error)
         else:
             default(record)
 
-    def _guard(self, runner: Runner, write: Callable) -> Callable:
+    def _guard(self, logger: logging.Logger, write: Callable) -> Callable:
         @functools.wraps(write)
         def guarded(*arguments: object, **named: object) -> None:
             try:
                 write(*arguments, **named)
             except OSError as error:
-                self._say(runner, error)
+                self._say(logger, error)
 
         return guarded
 
-    def _say(self, runner: Runner, error: OSError) -> None:
+    def _say(self, logger: logging.Logger, error: OSError) -> None:
         if not self._is_said:
             self._is_said = True
-            runner.logger.warning(
+            logger.warning(
                 f'The log cannot be written ({error}). Training goes on; lines, scalars and pictures '
                 'are lost until it can be written again. Free some space before a checkpoint is due.'
             )
