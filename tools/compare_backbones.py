@@ -97,7 +97,11 @@ def make_config(base: Config, candidate: Candidate, one: Run, folder: Path) -> C
     # The schedule of a search is the whole one, in less time.
     cfg.train_cfg.max_iters = one.iterations
     cfg.train_cfg.val_interval = min(base.train_cfg.val_interval, one.iterations)
-    cfg.param_scheduler[-1].end = one.iterations
+    for scheduler in cfg.param_scheduler:
+        for key in ('begin', 'end'):
+            if key in scheduler:
+                steps = scheduler[key] * one.iterations / base.train_cfg.max_iters
+                scheduler[key] = round(steps) if key == 'begin' else max(round(steps), 1)
     cfg.default_hooks.checkpoint.interval = cfg.train_cfg.val_interval
     cfg.default_hooks.checkpoint.max_keep_ckpts = 1
     cfg.default_hooks.checkpoint.save_best = None
@@ -205,11 +209,6 @@ def main() -> None:
     args = parse_args()
     register_all_modules()
     base = read_config(args.config, args.cfg_options)
-    if args.search_iters <= base.param_scheduler[-1].begin:
-        raise SystemExit(
-            f'--search-iters {args.search_iters} is over before the warm-up of {args.config} is, '
-            f'after {base.param_scheduler[-1].begin}'
-        )
     check_data(base, ('train', 'val', 'test'))
     for results in compare(args, base):
         AtomicLocalBackend().put_text(markdown(results, args.lrs), args.out / 'README.md')

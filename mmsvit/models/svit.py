@@ -128,7 +128,9 @@ class SuperTokenBlock(nn.Module):
         return self._add_branch(x, self.ffn(channels_last(self.norm2, x)), self.gamma_2)
 
     def _add_branch(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
-        branch = self.drop_path(branch if gamma is None else gamma * branch)
+        if gamma is not None:  # Under autocast, float32 would be that of all that follows.
+            branch = gamma.to(branch.dtype) * branch
+        branch = self.drop_path(branch)
         # In place where nothing needs a gradient: allocating costs more than adding.
         return add_residual(branch, x, in_place=self.deployed and not torch.is_grad_enabled())
 

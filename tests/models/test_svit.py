@@ -199,6 +199,15 @@ def test_arguments_arrive():
     ]
 
 
+def test_layer_scale_keeps_the_dtype_of_mixed_precision():
+    model = make(arch=small_arch(layer_scale=(0.5, 0.5, 0.5, 0.5)))
+    with torch.autocast('cpu', torch.bfloat16):
+        outputs = model(images())
+    assert {output.dtype for output in outputs} == {torch.bfloat16}
+    torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
+    assert all(block.gamma_2.grad.dtype == torch.float32 for block in model.stages[1].blocks)
+
+
 def test_super_tokens_larger_than_a_map_are_warned_of_once(monkeypatch):
     said = []
     monkeypatch.setattr('mmsvit.models.svit.print_log', lambda text, **_: said.append(text))
