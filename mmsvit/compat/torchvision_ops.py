@@ -219,8 +219,14 @@ _MODULATED = dict(
 )
 
 
+_OF_SHAPES = {'kW', 'kH', 'kernel_w', 'kernel_h', 'group', 'deformable_group', 'im2col_step'}
+
+
 def _deform_conv(names: dict[str, tuple[str, str]], sizes: dict[str, int]) -> Callable[..., Tensor]:
     """The convolution of torchvision with mmcv's sizes. It reads kernel and groups off the shapes."""
+    unknown = sizes.keys() - {name for pair in names.values() for name in pair} - _OF_SHAPES
+    if unknown:
+        raise TypeError(f'unexpected sizes {sorted(unknown)}')
     settings = {key: (sizes[h], sizes[w]) for key, (h, w) in names.items()}
     return partial(torchvision.ops.deform_conv2d, **settings)
 

@@ -77,6 +77,9 @@ class SuperTokenAttention(nn.Module):
         ops_backend: Which backend samples, see :func:`mmsvit.ops.choose_backend`.
     """
 
+    associates = True
+    """Whether tokens belong to the super tokens around them, as pictures then show, not to their cell's."""
+
     def __init__(
         self,
         embed_dims: int,
@@ -137,6 +140,8 @@ class PooledAttention(SuperTokenAttention):
     Each token gets what the mean of its own cell got. See :class:`SuperTokenAttention`
     for the arguments, of which ``num_iters`` means nothing here.
     """
+
+    associates = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.super_token_attention import PooledAttention, SuperTokenAttention
+from ..models.super_token_attention import SuperTokenAttention
 from ..models.svit import SViT
 from ..ops import distribute
 from ..ops.torch_backend import EPS, scatter_neighbours
@@ -338,7 +338,7 @@ class SuperTokenRecorder:
         tokens = self._kept[layer][image : image + 1]
         _, height, width, _ = tokens.shape
         super_tokens = self._kept[layer.attend][image : image + 1]
-        if layer.has_super_tokens and not isinstance(layer, PooledAttention):
+        if layer.has_super_tokens and layer.associates:
             _, association = layer.sample(tokens)
         else:
             association = _own_cell(tokens, layer.super_token_size)
