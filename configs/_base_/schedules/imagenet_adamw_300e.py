@@ -20,7 +20,7 @@ _cosine = _eta_min + (_lr - _eta_min) * (1 + math.cos(math.pi * (_warmup - 1) / 
 param_scheduler = [
     dict(type='ConstantLR', factor=1e-3, begin=0, end=2),  # epoch 0
     dict(type='LinearLR', start_factor=1e-3, begin=1, end=_warmup + 2),
-    # MMEngine's cosine goes on from the value before, that of t = 4, in place of the warm-up's.
+    # MMEngine's cosine multiplies the previous value, which must be that of t = 4.
     dict(type='MultiStepLR', milestones=[_warmup + 1], gamma=_cosine / _lr),
     dict(
         type='CosineAnnealingLR',

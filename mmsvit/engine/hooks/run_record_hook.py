@@ -102,7 +102,7 @@ class RunRecordHook(Hook):
         """Compare the settings of the resumed run, and take over its identity.
 
         Raises:
-            ValueError: The run cannot go on with the settings of the config.
+            ValueError: The config has other settings, with which the run cannot be resumed.
         """
         if not runner._resume:
             return
@@ -127,7 +127,7 @@ class RunRecordHook(Hook):
         if refused:
             runner.logger.warning(f'The state of the checkpoint is used despite:{_listed(refused)}')
         if used:
-            runner.logger.warning(f'The run goes on with changed settings:{_listed(used)}')
+            runner.logger.warning(f'The run continues with changed settings:{_listed(used)}')
         self._restore_best(runner, checkpoint)
 
     def _restore_best(self, runner: Runner, checkpoint: dict) -> None:

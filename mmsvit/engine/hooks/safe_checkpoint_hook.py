@@ -133,7 +133,7 @@ class SafeCheckpointHook(CheckpointHook):
         """Let all ranks evaluate what is saved, with the batch norm statistics of rank 0.
 
         MMEngine's ``SyncBuffersHook`` averages them, after epochs alone, and a run that a signal
-        stops in between would go on with others.
+        stops in between would resume with others.
         """
         if not is_distributed():
             return
