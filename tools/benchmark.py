@@ -5,9 +5,13 @@ r"""Measure time and memory of SViT and of its peers, in turns, with random weig
     python tools/benchmark.py op op-train --device cuda --dtypes bfloat16 --batch 2 \
         --models svit-s+torch svit-s+triton svit-s+triton+graph
     python tools/benchmark.py backbone --scaling --out docs/benchmarks/scaling
+    python tools/benchmark.py count --models svit-s+triton swin-t --dtypes bfloat16
 
 What can be measured:
 {modes}
+
+`count` measures nothing: it counts, without a GPU, what a GPU would have to do in training (2 images) and
+inference (8) of the backbone: kernel launches, bytes moved, bytes saved for the backward pass.
 
 Models are written NAME[:SIZES][+FLAG...]: svit-s, svit-s:16-8-2-1 (other super token sizes),
 svit-s:16-8-2-1+deploy+compile. Names: {models}. Flags:
@@ -44,6 +48,7 @@ from mmsvit.benchmarking.report import Report, list_files, terminal_table
 from mmsvit.benchmarking.workloads import DTYPES, MODES, Case
 from mmsvit.checkpoint.files import try_writing
 
+COUNT = 'count'
 SCALING_SIDES = (224, 320, 448, 640, 800, 1024, 1280, 1600)
 MIN_SIDE = 32
 MIN_WIDTH = 130
@@ -111,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('modes', nargs='+', choices=MODES, metavar='WHAT', help='what to measure')
+    parser.add_argument('modes', nargs='+', choices=[*MODES, COUNT], metavar='WHAT', help='what to measure')
     parser.add_argument(
         '--models',
         nargs='+',
@@ -136,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
         '--shapes), with tables by size and a plot',
     )
     parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=['float32'])
-    parser.add_argument('--batch', type=positive, default=1, help='images in a batch')
+    parser.add_argument('--batch', type=positive, help='images in a batch; 1 by default')
     parser.add_argument(
         '--stage',
         type=int,
@@ -175,6 +180,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--models has {", ".join(sorted(twice))} more than once')
     if args.reference is not None and args.reference not in names:
         parser.error(f'--reference {args.reference} is not one of --models: {", ".join(names)}')
+    if COUNT in args.modes and (len(args.modes) > 1 or args.scaling):
+        parser.error(f'{COUNT} goes alone: it measures nothing')
     if args.shapes is None:
         args.shapes = [(s, s) for s in SCALING_SIDES] if args.scaling else [(800, 1344)]
     if args.out is not None:
@@ -201,7 +208,22 @@ def list_cases(args: argparse.Namespace) -> Iterator[Case]:
     for mode in args.modes:
         for dtype in args.dtypes:
             for shape in args.shapes:
-                yield Case(mode, shape, args.batch, dtype, args.device, args.stage)
+                yield Case(mode, shape, args.batch or 1, dtype, args.device, args.stage)
+
+
+def count(args: argparse.Namespace, command: str, console: Console) -> None:
+    from mmsvit.benchmarking.count_report import count_cases, counts_table, write_counts
+
+    cases, files = [], []
+    for case, found in count_cases(args.models, args.shapes, args.dtypes, args.batch):
+        cases.append((case, found))
+        console.print(counts_table(case, found))
+        if args.out is not None:
+            files = write_counts(args.out, command, describe_environment(), cases)
+    for file in files:
+        print(f'wrote {file}')
+    if all(counts.error for _, found in cases for counts in found.values()):
+        sys.exit('every candidate failed')
 
 
 def main() -> None:
@@ -212,10 +234,13 @@ def main() -> None:
     torch.set_num_threads(threads)  # Before the environment is described.
     settings = Settings(args.rounds, args.seconds, args.warmup, threads, not args.no_memory)
     command = shlex.join(['python', 'tools/benchmark.py', *sys.argv[1:]])
-    report = Report(command, describe_environment(), settings, [], args.scaling)
-    files: list[Path] = []
     console = Console()
     console.width = max(console.width, MIN_WIDTH)  # Of a pipe, it knows no width.
+    if COUNT in args.modes:
+        count(args, command, console)
+        return
+    report = Report(command, describe_environment(), settings, [], args.scaling)
+    files: list[Path] = []
     for case in list_cases(args):
         with Console(stderr=True).status('') as status:
             found = measure_case(args.models, case, settings, list_references(args), status.update)

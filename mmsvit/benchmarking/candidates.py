@@ -12,6 +12,7 @@ from ..models.svit_arch import ARCHS
 from ..ops.backend import BACKENDS
 
 SVIT_ARCHS = {'svit-s': 'small', 'svit-b': 'base', 'svit-l': 'large'}
+_DROP_PATH = {'svit-s': 0.15, 'svit-b': 0.4, 'svit-l': 0.5}
 
 _SWIN = dict(
     type='mmdet.SwinTransformer', embed_dims=96, num_heads=[3, 6, 12, 24], drop_path_rate=0.0
@@ -45,8 +46,20 @@ PEERS: dict[str, tuple[dict, list[int]]] = {
 Nothing is frozen and no path is dropped, so that a training step is the same work every time.
 """
 
+TRAINED_AS: dict[str, dict] = {
+    **{name: dict(norm_eval=True, drop_path_rate=rate) for name, rate in _DROP_PATH.items()},
+    'swin-t': dict(drop_path_rate=0.2),
+    'swin-s': dict(drop_path_rate=0.3),
+    'r50': dict(norm_eval=True, frozen_stages=1),
+    'pvtv2-b2': dict(drop_path_rate=0.1),
+    'convnext-t': dict(drop_path_rate=0.4),
+}
+"""What detectors train them with, besides."""
+
 SVIT_FLAGS = {
     'deploy': 'the inference form, model.switch_to_deploy()',
+    'recompute': "with_cp='ffn': the backward pass computes the wide maps of the FFNs again",
+    'cp': 'with_cp=True: the backward pass computes whole blocks again',
     **{name: f'the {name} backend' for name in BACKENDS[1:]},
 }
 FLAGS = {
@@ -104,8 +117,14 @@ class Candidate:
                 arch=self.arch,
                 out_norm_cfg=dict(type='LN'),
                 ops_backend=self.backend,
+                with_cp='ffn' if 'recompute' in self.flags else 'cp' in self.flags,
             )
         return dict(PEERS[self.model][0])
+
+    @property
+    def trained_as(self) -> dict:
+        """Further settings of the backbone when a detector is trained."""
+        return dict(TRAINED_AS[self.model])
 
     @property
     def out_channels(self) -> list[int]:

@@ -94,10 +94,10 @@ class Report:
         if plot is not None:
             lines += [f'![Time and memory against image size]({plot.name})', '']
             for title, header, rows in scaling_tables(self.cases):
-                lines += [f'## {title}', '', *_markdown_table(header, rows), '']
+                lines += [f'## {title}', '', *markdown_table(header, rows), '']
         for found in self.cases:
             rows = [cells(found, r) for r in found.results]
-            lines += [f'## {found.case}', '', *_markdown_table(columns(found), rows), '']
+            lines += [f'## {found.case}', '', *markdown_table(columns(found), rows), '']
             lines += [f'- {note}' for note in notes(found)] + [''] * bool(notes(found))
         return '\n'.join(lines)
 
@@ -268,7 +268,8 @@ def _spread(spread: Spread | None, unit: float = 1.0, suffix: str = '') -> str:
     return f'{median}{suffix} ({q1}-{q3})'
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table, line by line; the first column to the left, the others to the right."""
     return [
         f'| {" | ".join(header)} |',
         f'| --- |{" ---: |" * (len(header) - 1)}',

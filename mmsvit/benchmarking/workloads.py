@@ -126,6 +126,8 @@ def build_workload(candidate: Candidate, case: Case) -> Workload:
         raise ValueError('+graph needs a CUDA device')
     if 'graph' in candidate.flags and case.mode == 'detector':
         raise ValueError('a detector has no +graph: its shapes depend on values')
+    if candidate.flags >= {'recompute', 'cp'}:
+        raise ValueError('+recompute is a part of +cp; use one of them')
     if 'deploy' in candidate.flags and case.trains:
         raise ValueError('+deploy is a form for inference and cannot train')
     torch.manual_seed(0)
@@ -136,12 +138,13 @@ def build_workload(candidate: Candidate, case: Case) -> Workload:
     return _build_backbone(candidate, case)
 
 
-def _autocast(case: Case) -> torch.autocast:
+def autocast_of(case: Case) -> torch.autocast:
+    """Autocast to the dtype of a case; off for float32."""
     dtype = getattr(torch, case.dtype)
     return torch.autocast(case.device, dtype=dtype, enabled=case.dtype != 'float32')
 
 
-def _apply_flags(model: BaseModule, candidate: Candidate) -> None:
+def apply_flags(model: BaseModule, candidate: Candidate) -> None:
     """Bring an SViT, a peer or a super token attention into the candidate's form."""
     if 'deploy' in candidate.flags:
         if not hasattr(model, 'switch_to_deploy'):
@@ -190,7 +193,7 @@ def _build_op(candidate: Candidate, case: Case) -> Workload:
         arch['embed_dims'][i], 1, size, arch['num_iters'][i], ops_backend=candidate.backend
     )
     model.add_module('attend', nn.Identity())  # Leaves sampling and distribution.
-    _apply_flags(model, candidate)
+    apply_flags(model, candidate)
 
     stride = 4 * 2**i
     grid = tuple(math.ceil(pixels / stride) for pixels in case.shape)
@@ -256,13 +259,13 @@ def op_bytes(
 def _build_backbone(candidate: Candidate, case: Case) -> Workload:
     model = MODELS.build(candidate.backbone).to(case.device)
     model.train(case.trains)
-    _apply_flags(model, candidate)
+    apply_flags(model, candidate)
     images = torch.randn(case.batch, 3, *case.shape, device=case.device)
     if 'channels-last' in candidate.flags:
         images = images.contiguous(memory_format=torch.channels_last)
 
     def forward() -> tuple[Tensor, ...]:
-        with _autocast(case):
+        with autocast_of(case):
             return tuple(model(images))
 
     def infer() -> None:
@@ -296,7 +299,7 @@ def _build_detector(candidate: Candidate, case: Case) -> Workload:
     init_default_scope('mmdet')
     model = MODELS.build(copy.deepcopy(cfg.model)).to(case.device)
     model.eval()
-    _apply_flags(model.backbone, candidate)
+    apply_flags(model.backbone, candidate)
     images = [
         torch.randint(256, (3, *case.shape), dtype=torch.uint8, device=case.device)
         for _ in range(case.batch)
@@ -306,7 +309,7 @@ def _build_detector(candidate: Candidate, case: Case) -> Workload:
 
     def infer() -> None:
         samples = [DetDataSample(metainfo=meta) for _ in images]
-        with torch.no_grad(), _autocast(case):
+        with torch.no_grad(), autocast_of(case):
             data = model.data_preprocessor(dict(inputs=images, data_samples=samples))
             ((box_scores, _, masks),) = model(**data, mode='tensor')
         observed.update(proposals=len(box_scores), masks=len(masks))

@@ -130,9 +130,8 @@ class SuperTokenBlock(nn.Module):
     def _add_branch(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
         if gamma is not None:  # Under autocast, float32 would be that of all that follows.
             branch = gamma.to(branch.dtype) * branch
-        branch = self.drop_path(branch)
         # In place where nothing needs a gradient: allocating costs more than adding.
-        return add_residual(branch, x, in_place=self.deployed and not torch.is_grad_enabled())
+        return self.drop_path(branch, x, self.deployed and not torch.is_grad_enabled())
 
     def check_foldable(self, name: str) -> list[nn.Parameter]:
         """Check all that :meth:`fold_into_linear` changes; return the parameters it writes into.
@@ -215,19 +214,27 @@ class ConvFFN(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop the residual branch of a random part of the samples (stochastic depth)."""
+    """Add a residual branch, except that of a random part of the samples (stochastic depth)."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape, samples first, to the same."""
+    def forward(self, branch: Tensor, x: Tensor, in_place: bool = False) -> Tensor:
+        """The sum of two tensors of any shape, samples first.
+
+        In training, kept branches are divided by the part of them that is kept.
+
+        Args:
+            branch: What may be dropped.
+            x: What it is added to.
+            in_place: Whether the sum may be written into ``branch``.
+        """
         if not self.training or self.drop_prob == 0.0:
-            return x
+            return add_residual(branch, x, in_place)
         keep_prob = 1 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
-        return x * mask.div_(keep_prob)
+        mask = branch.new_empty((len(branch),) + (1,) * (branch.ndim - 1)).bernoulli_(keep_prob)
+        return torch.addcmul(x, branch, mask, value=1 / keep_prob)
 
     def extra_repr(self) -> str:
         """The rate, for ``print(model)``."""

@@ -14,6 +14,8 @@ from torch.nn.modules import module as torch_module
 # Compared at every call: somebody may replace these methods later, for all layers of a class.
 _KINDS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)
 _FORWARDS: dict[type, Callable] = {kind: kind.forward for kind in _KINDS}
+# Quantised and sharded weights are other subclasses of Tensor.
+PLAIN: set[type] = {nn.Parameter, Tensor}
 # Names that PyTorch looks up on the instance to call a layer.
 _CALLED = {'forward', '_call_impl', '_compiled_call_impl', '_conv_forward'}
 
@@ -41,8 +43,7 @@ def _has_standard_settings(layer: nn.Module) -> bool:
             return False
         if not layer.groups == layer.in_channels == layer.out_channels:
             return False
-    # Quantised and sharded weights are subclasses of Tensor.
-    return all(type(values) in (nn.Parameter, Tensor) for values in (layer.weight, layer.bias))
+    return all(type(values) in PLAIN for values in (layer.weight, layer.bias))
 
 
 def is_standard(layer: nn.Module | None) -> bool:

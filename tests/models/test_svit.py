@@ -153,7 +153,8 @@ def test_drop_path_drops_whole_samples():
     model = make(drop_path_rate=0.9).train()
     drop_path = model.stages[-1].blocks[-1].drop_path
     torch.manual_seed(0)
-    kept = drop_path(torch.ones(1000, 2, 2, 3)).flatten(1)
+    x = torch.full((1000, 2, 2, 3), 3.0)
+    kept = (drop_path(torch.ones_like(x), x) - x).flatten(1)
     assert (kept == kept[:, :1]).all()
     assert kept.mean().item() == pytest.approx(1, abs=0.3)
     assert 0.05 < (kept[:, 0] > 0).float().mean() < 0.15
