@@ -10,8 +10,8 @@ import sys
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from mmseg.models.utils import resize
+from mmseg.registry import MODELS
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmsvit
@@ -57,9 +57,9 @@ def backbone_step(arch: str, dtype: str, backend: str, form: str) -> dict:
         images = torch.empty(2, 3, 104, 168, device='cuda')
         recorder = Recorder()
         with recorder:
-            with torch.autocast('cuda', HALVES.get(dtype), enabled=dtype in HALVES):
-                with torch.set_grad_enabled(trains):
-                    outputs = model(images)
+            autocast = torch.autocast('cuda', HALVES.get(dtype), enabled=dtype in HALVES)
+            with autocast, torch.set_grad_enabled(trains):
+                outputs = model(images)
             if trains:
                 torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
     found = judge(recorder, model, trains)

@@ -116,7 +116,9 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('modes', nargs='+', choices=[*MODES, COUNT], metavar='WHAT', help='what to measure')
+    parser.add_argument(
+        'modes', nargs='+', choices=[*MODES, COUNT], metavar='WHAT', help='what to measure'
+    )
     parser.add_argument(
         '--models',
         nargs='+',

@@ -111,18 +111,18 @@ def _cost_of_convolution(args: tuple, out: Tensor) -> tuple[int, int]:
     if bias is not None:
         launches, moved = launches + 1, moved + 2 * _bytes([out]) + _bytes([bias])
     depthwise = groups > 1 and weight.shape[1] == 1
-    if _is_channels_last(x) and weight[0, 0].numel() > 1 and not depthwise:
-        if not _is_channels_last(weight):
-            launches, moved = launches + 1, moved + 2 * _bytes([weight])
+    converted = _is_channels_last(x) and not _is_channels_last(weight)
+    if converted and not depthwise and weight[0, 0].numel() > 1:
+        launches, moved = launches + 1, moved + 2 * _bytes([weight])
     return launches, moved
 
 
 def _cost_of_convolution_backward(args: tuple, out: tuple) -> tuple[int, int]:
     grad, x, weight = args[:3]
     launches = moved = 0
-    if (_is_channels_last(x) or _is_channels_last(weight)) and grad.is_contiguous():
-        if grad.shape[1] > 1 and grad[0, 0].numel() > 1:
-            launches, moved = 1, 2 * _bytes([grad])
+    channels_last = _is_channels_last(x) or _is_channels_last(weight)
+    if channels_last and grad.is_contiguous() and grad.shape[1] > 1 and grad[0, 0].numel() > 1:
+        launches, moved = 1, 2 * _bytes([grad])
     for result, other in zip(out, (weight, x, None)):
         if result is not None:
             launches, moved = launches + 1, moved + _bytes([grad, other, result])
@@ -149,15 +149,16 @@ def _cost(name: str, args: tuple, kwargs: dict, out: Any) -> tuple[int, int]:
 
 def _as_cuda_gives_it(name: str, args: tuple, out: Any) -> Any:
     """``out`` with the memory format that cuDNN gives, which fake tensors do not know."""
-    channels_last = torch.channels_last
     if name == 'convolution' and _is_channels_last(args[0]):
-        return torch.empty_like(out, memory_format=channels_last)
-    if name == 'convolution_backward' and out[0] is not None:
-        if _is_channels_last(args[1]) or _is_channels_last(args[2]):
-            return torch.empty_like(out[0], memory_format=channels_last), *out[1:]
-    if name == 'native_layer_norm_backward' and out[0] is not None:
-        return torch.empty_like(out[0], memory_format=torch.contiguous_format), *out[1:]
-    return out
+        return torch.empty_like(out, memory_format=torch.channels_last)
+    if name not in ('convolution_backward', 'native_layer_norm_backward') or out[0] is None:
+        return out
+    layout = torch.contiguous_format
+    if name == 'convolution_backward':
+        if not any(map(_is_channels_last, args[1:3])):
+            return out
+        layout = torch.channels_last
+    return torch.empty_like(out[0], memory_format=layout), *out[1:]
 
 
 class Recorder(TorchDispatchMode):

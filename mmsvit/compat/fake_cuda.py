@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.cuda.amp import common
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.cuda.amp import common
 from torch.nn import functional
 
 from ..ops import backend, standard_layers
@@ -68,7 +68,7 @@ def prepare_process() -> None:
     """
     os.environ.pop('TRITON_INTERPRET', None)  # Kernels are launched, not interpreted.
     torch.autograd.set_multithreading_enabled(False)
-    functional.scaled_dot_product_attention = _attend
+    functional.scaled_dot_product_attention = _attend  # type: ignore[assignment]
     # torch.autocast turns itself off where there is no GPU.
     common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
@@ -92,7 +92,8 @@ def move_to_fake_cuda(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replace all weights and buffers of a model by CUDA tensors without data, of the same strides."""
     with mode:
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            places: tuple[dict, ...] = (module._parameters, module._buffers)
+            for tensors in places:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = _without_data(tensor)
