@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mmsvit
 from mmsvit import SViT
 from mmsvit.benchmarking.counting import Recorder
-from mmsvit.compat.fake_cuda import move_to_fake_cuda, prepare_process
+from mmsvit.benchmarking.fake_cuda import move_to_fake_cuda, prepare_process
 
 HALVES = {'float16': torch.float16, 'bfloat16': torch.bfloat16}
 

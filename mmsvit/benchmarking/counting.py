@@ -33,9 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton import JITFunction
 
-from ..compat.fake_cuda import move_to_fake_cuda, prepare_process
 from ..ops import custom_ops
 from .candidates import Candidate
+from .fake_cuda import move_to_fake_cuda, prepare_process
 from .memory import describe
 from .workloads import Case, apply_flags, autocast_of
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from mmsvit.benchmarking.counting import Recorder
-from mmsvit.compat.fake_cuda import move_to_fake_cuda, prepare_process
+from mmsvit.benchmarking.fake_cuda import move_to_fake_cuda, prepare_process
 
 prepare_process()
 mode = FakeTensorMode()
