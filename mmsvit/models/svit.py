@@ -122,16 +122,21 @@ class SuperTokenBlock(nn.Module):
         """(N, H, W, C) -> (N, H, W, C)."""
         if self.pos_embed is not None:
             x = ops.add_depthwise_conv(x, self.pos_embed, self.ops_backend)
-        x = self._add_branch(x, self.attn(self.norm1(x)), self.gamma_1)
+        kept_1, kept_2 = self.drop_path(x)
+        x = self._add_branch(x, self.attn(ops.layer_norm(x, self.norm1)), self.gamma_1, kept_1)
         if self.deployed:
             return self.ffn(x, residual=True)
-        return self._add_branch(x, self.ffn(channels_last(self.norm2, x)), self.gamma_2)
+        return self._add_branch(x, self.ffn(channels_last(self.norm2, x)), self.gamma_2, kept_2)
 
-    def _add_branch(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+    def _add_branch(
+        self, x: Tensor, branch: Tensor, gamma: Tensor | None, kept: Tensor | None
+    ) -> Tensor:
         if gamma is not None:  # Under autocast, float32 would be that of all that follows.
             branch = gamma.to(branch.dtype) * branch
+        if kept is not None:
+            return torch.addcmul(x, branch, kept, value=1 / (1 - self.drop_path.drop_prob))
         # In place where nothing needs a gradient: allocating costs more than adding.
-        return self.drop_path(branch, x, self.deployed and not torch.is_grad_enabled())
+        return add_residual(branch, x, in_place=self.deployed and not torch.is_grad_enabled())
 
     def check_foldable(self, name: str) -> list[nn.Parameter]:
         """Check all that :meth:`fold_into_linear` changes; return the parameters it writes into.
@@ -214,27 +219,23 @@ class ConvFFN(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Add a residual branch, except that of a random part of the samples (stochastic depth)."""
+    """Chooses the samples whose residual branches are dropped (stochastic depth)."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, branch: Tensor, x: Tensor, in_place: bool = False) -> Tensor:
-        """The sum of two tensors of any shape, samples first.
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Which samples of ``(N, ...)`` keep the two branches of a block.
 
-        In training, kept branches are divided by the part of them that is kept.
-
-        Args:
-            branch: What may be dropped.
-            x: What it is added to.
-            in_place: Whether the sum may be written into ``branch``.
+        Returns:
+            Ones and zeros, one of each branch, ``(N, 1, ...)`` in the dtype of ``x``; None if no
+            branch is dropped.
         """
         if not self.training or self.drop_prob == 0.0:
-            return add_residual(branch, x, in_place)
-        keep_prob = 1 - self.drop_prob
-        mask = branch.new_empty((len(branch),) + (1,) * (branch.ndim - 1)).bernoulli_(keep_prob)
-        return torch.addcmul(x, branch, mask, value=1 / keep_prob)
+            return None, None
+        both = x.new_empty((2, len(x)) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.drop_prob)
+        return both[0], both[1]
 
     def extra_repr(self) -> str:
         """The rate, for ``print(model)``."""

@@ -8,7 +8,7 @@ block. All work on channels-last tensors, ``(N, H, W, C)``, and on the backend t
 """
 
 from .backend import choose_backend
-from .layers import add_depthwise_conv, channels_first, conv_ffn, gelu_affine
+from .layers import add_depthwise_conv, channels_first, conv_ffn, gelu_affine, layer_norm
 from .super_token import distribute, sample
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     'conv_ffn',
     'distribute',
     'gelu_affine',
+    'layer_norm',
     'sample',
 ]

@@ -6,10 +6,15 @@ Layers that a backend cannot compute from their weights alone
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import torch_backend
 from .backend import backend_for
+from .modes import is_tracing, under_autocast, without_autocast
 from .standard_layers import is_standard
 
 
@@ -60,6 +65,40 @@ def add_depthwise_conv(x: Tensor, conv: nn.Module, backend: str = 'auto') -> Ten
     if chosen is torch_backend or not is_standard(conv):
         return torch_backend.add_depthwise_conv(x, conv)
     return chosen.add_depthwise_conv(x, conv)
+
+
+def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """``norm(x)`` of ``(N, H, W, C)``. Of a half ``x`` under CUDA's autocast, no float32 copy is saved.
+
+    Autocast computes layer norms in float32, and saves the float32 copy of ``x``.
+    """
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if half and x.is_cuda and under_autocast(x.device) and is_standard(norm) and not is_tracing():
+        assert isinstance(norm, nn.LayerNorm)
+        return _LayerNormOfHalf.apply(x, norm.weight, norm.bias, norm.eps)
+    return norm(x)
+
+
+class _LayerNormOfHalf(torch.autograd.Function):
+    """What autocast computes, bit for bit; the backward pass makes the float32 copy again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        with without_autocast(x.device):
+            output, mean, inverse = torch.native_layer_norm(
+                x.float(), x.shape[-1:], weight, bias, eps
+            )
+        ctx.save_for_backward(x, mean, inverse, weight, bias)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, inverse, weight, bias = ctx.saved_tensors
+        x_grad, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
+            grad, x.float(), x.shape[-1:], mean, inverse, weight, bias, ctx.needs_input_grad[:3]
+        )
+        return x_grad if x_grad is None else x_grad.to(x.dtype), weight_grad, bias_grad, None
 
 
 def gelu_affine(x: Tensor, scale: Tensor, shift: Tensor, backend: str = 'auto') -> Tensor:

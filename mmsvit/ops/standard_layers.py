@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 # Compared at every call: somebody may replace these methods later, for all layers of a class.
-_KINDS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout)
+_KINDS = (nn.Linear, nn.Conv2d, nn.GELU, nn.Dropout, nn.LayerNorm)
 _FORWARDS: dict[type, Callable] = {kind: kind.forward for kind in _KINDS}
 # Quantised and sharded weights are other subclasses of Tensor.
 PLAIN: set[type] = {nn.Parameter, Tensor}
@@ -51,8 +51,8 @@ def is_standard(layer: nn.Module | None) -> bool:
 
     Args:
         layer: ``nn.Linear`` with a bias, a depthwise 3x3 ``nn.Conv2d`` with padding 1 and a bias,
-            exact ``nn.GELU``, or ``nn.Dropout`` that drops nothing. Anything else, None and
-            subclasses included, is not standard.
+            exact ``nn.GELU``, ``nn.Dropout`` that drops nothing, or ``nn.LayerNorm`` with weight
+            and bias. Anything else, None and subclasses included, is not standard.
     """
     return (
         layer is not None

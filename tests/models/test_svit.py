@@ -153,11 +153,34 @@ def test_drop_path_drops_whole_samples():
     model = make(drop_path_rate=0.9).train()
     drop_path = model.stages[-1].blocks[-1].drop_path
     torch.manual_seed(0)
-    x = torch.full((1000, 2, 2, 3), 3.0)
-    kept = (drop_path(torch.ones_like(x), x) - x).flatten(1)
-    assert (kept == kept[:, :1]).all()
-    assert kept.mean().item() == pytest.approx(1, abs=0.3)
-    assert 0.05 < (kept[:, 0] > 0).float().mean() < 0.15
+    masks = drop_path(torch.ones(1000, 2, 2, 3))
+    for kept in masks:
+        assert kept.shape == (1000, 1, 1, 1)
+        assert set(kept.unique().tolist()) == {0.0, 1.0}
+        assert 0.05 < kept.mean() < 0.15
+    assert (masks[0] != masks[1]).any()
+
+
+def test_a_block_adds_what_is_kept_divided_by_its_part():
+    model = make(drop_path_rate=0.5).train()
+    block = model.stages[-1].blocks[-1]
+    block.norm1, block.norm2, block.pos_embed = nn.Identity(), nn.Identity(), None
+    block.attn = Scale(1.0)
+    block.ffn = Scale(0.0)
+    torch.manual_seed(0)
+    added = block(torch.ones(1000, 2, 2, 3)) - 1
+    assert set(added.unique().tolist()) == {0.0, 2.0}
+    assert (added == added[:, :1, :1, :1]).all()
+    assert added.mean().item() == pytest.approx(1, abs=0.1)
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * x
 
 
 @pytest.mark.parametrize(
