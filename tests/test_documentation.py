@@ -158,9 +158,14 @@ class Reader:
         elif program == 'uv':  # As the file that it writes says itself.
             assert shlex.join(words) in (ROOT / arguments[-1]).read_text()
         elif program == 'git':  # Into where a config looks for it.
-            _, url, folder = arguments
+            _, url, folder = [*arguments, 'itself'][:3]
+            if folder == 'itself':
+                assert url.endswith('/mmsvit')
+                return
             dataset = (ROOT / 'configs/_base_/datasets/camvid.py').read_text()
             assert url.removeprefix('https://') in dataset and folder in dataset
+        elif program == 'cd':
+            assert arguments == ['mmsvit']  # After the clone.
         elif program == 'source':
             assert arguments == ['.venv/bin/activate']
         else:

@@ -93,7 +93,7 @@ def write_report(file: Path, scores: list[list[str]], sheet: np.ndarray, checkpo
     figure = draw_curves({'': curves}, ['loss'], choose_metrics(sorted(curves)))
     report.figure(figure, 'Loss of each step, and AP on the validation images after each epoch.')
     report.heading('Predictions and super tokens')
-    report.picture(sheet, 'Attention: where stage 1 looks from the ring (bright: more).')
+    report.picture(sheet, 'Attention: where stage 1 looks from the white marker (bright: more).')
     report.heading('Your own picture')
     report.code(
         f'python tools/visualize_super_tokens.py photo.jpg --config {CONFIG} \\\n'

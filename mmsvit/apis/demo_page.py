@@ -186,7 +186,7 @@ def _picture(label: str, name: str) -> gr.Image:
 def _stage_pictures(number: int, samples: bool) -> list[gr.Image]:
     """Components for the pictures of a stage: super tokens, if it samples any, and attention."""
     labels = {'super-tokens': 'super tokens', 'colours': 'their mean colours'} if samples else {}
-    labels['attention'] = 'attention from the ring'
+    labels['attention'] = 'attention from the white marker'
     return [
         _picture(f'Stage {number}: {label}', f'{name}-{number}') for name, label in labels.items()
     ]
