@@ -15,7 +15,8 @@ import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import cast
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 from mmengine.logging import print_log
@@ -296,6 +297,13 @@ def _forward_and_recomputation(
     return contextlib.nullcontext(), _frozen_running_statistics(block)
 
 
+class Feature(NamedTuple):
+    """What one output of the backbone is."""
+
+    channels: int
+    stride: int
+
+
 @MODELS.register_module()
 class SViT(BaseModule):
     """Super Token Vision Transformer, a hierarchical backbone with strides 4, 8, 16 and 32.
@@ -340,6 +348,11 @@ class SViT(BaseModule):
     Raises:
         TypeError, ValueError: An argument is not as described; the message names it.
     """
+
+    image_mean = (0.485, 0.456, 0.406)
+    """What the published weights expect to be subtracted from RGB images of 0 to 1 (ImageNet's mean)."""
+    image_std = (0.229, 0.224, 0.225)
+    """What they expect RGB images of 0 to 1 to be divided by then."""
 
     def __init__(
         self,
@@ -475,7 +488,45 @@ class SViT(BaseModule):
                 logger='current',
                 level=logging.WARNING,
             )
-        super().init_weights()
+        # Not MMEngine's: it has nothing to initialise here, and prints a line for each weight.
+        self.is_init = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        arch: str | dict,
+        checkpoint: str | Path,
+        *,
+        super_token_sizes: Sequence[int | Sequence[int]] | None = None,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        prefix: str | None = None,
+    ) -> SViT:
+        """A backbone with the weights of a checkpoint, in evaluation mode, to take features from.
+
+        Images are RGB, normalised by :attr:`image_mean` and :attr:`image_std`.
+
+        Args:
+            arch: See :class:`SViT`.
+            checkpoint: A file of the authors, converted or as they publish it, or of a runner.
+            super_token_sizes: See :class:`SViT`.
+            out_indices: See :class:`SViT`.
+            prefix: The backbone's place in the checkpoint, such as ``'backbone.'``.
+
+        Raises:
+            FileNotFoundError: The checkpoint does not exist.
+            ValueError: The checkpoint is not one of this model; the message names the keys.
+        """
+        init_cfg = dict(type='Pretrained', checkpoint=str(checkpoint), prefix=prefix)
+        if prefix is None:
+            del init_cfg['prefix']
+        model = cls(arch, super_token_sizes, out_indices=out_indices, init_cfg=init_cfg)
+        model.init_weights()
+        return model.eval()
+
+    @property
+    def feature_info(self) -> tuple[Feature, ...]:
+        """Channels and stride of each output."""
+        return tuple(Feature(self.embed_dims[i], 4 * 2**i) for i in self.out_indices)
 
     def _checkpoint_filter(self, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
         """Let a classifier load the file that the authors published.

@@ -430,3 +430,30 @@ def test_compiles_in_one_graph_for_all_sizes(training):
     if training:
         sum(output.mean() for output in found).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_features_of_a_checkpoint(tmp_path, capfd):
+    model = make(out_norm_cfg=None)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'weights.pth')
+    loaded = SViT.from_pretrained(small_arch(), tmp_path / 'weights.pth', out_indices=(1, 3))
+    assert not loaded.training
+    assert loaded.feature_info == tuple(zip(small_arch()['embed_dims'][1::2], (8, 32)))
+    x = torch.randn(1, 3, 64, 96)
+    for feature, (channels, stride), expected in zip(
+        loaded(x), loaded.feature_info, model.eval()(x)[1::2]
+    ):
+        assert feature.shape == (1, channels, 64 // stride, 96 // stride)
+        assert torch.equal(feature, expected)
+    with pytest.raises(FileNotFoundError):
+        SViT.from_pretrained(small_arch(), tmp_path / 'none.pth')
+
+
+def test_initialisation_prints_no_line_for_each_weight(capfd):
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.init_weights()
+    out, err = capfd.readouterr()
+    assert not (out + err).strip()
+    assert model.is_init
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
