@@ -265,3 +265,8 @@ def test_what_a_run_is_stands_in_its_folder_and_its_checkpoints(images, tmp_path
     assert expected.items() <= stored['settings'].items()
     assert stored['settings']['version of torch'] == torch.__version__
     assert list(folder['evaluated']) == ['6', '12', '18']
+
+
+def test_a_run_without_a_checkpoint_hook_is_told_what_to_set(images, tmp_path):
+    with pytest.raises(ValueError, match=r'default_hooks.checkpoint is None.*run_record=None'):
+        train(tmp_path / 'run', images, default_hooks=dict(checkpoint=None))

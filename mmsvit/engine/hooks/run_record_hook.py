@@ -167,7 +167,13 @@ class RunRecordHook(Hook):
             runner.val_loop.run()
 
     def _begin(self, runner: Runner, run: dict) -> dict:
-        hook = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+        hook = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+        if hook is None:
+            raise ValueError(
+                'default_hooks.checkpoint is None, and mmsvit records runs with their checkpoints: '
+                'leave the hook, with an interval beyond the end if nothing is to be saved, or set '
+                'default_hooks.run_record=None too'
+            )
         names = re.sub(r'\{[^}]*\}', '*', hook.filename_tmpl)
         mine = read_run_file(runner.work_dir).get('id') in (run['id'], None)
         found = {path for name in (names, 'best_*.pth') for path in Path(hook.out_dir).glob(name)}
