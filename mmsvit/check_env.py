@@ -153,6 +153,10 @@ def _check_torch() -> str:
 def _check_cuda() -> str:
     import torch
 
+    from .compat.gpu import unseen_gpu
+
+    if unseen := unseen_gpu():
+        raise RuntimeError(unseen)
     if not torch.cuda.is_available():
         return f'no GPU (torch built for CUDA {torch.version.cuda})' if torch.version.cuda else 'no'
     names = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))

@@ -15,6 +15,7 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import get_backend, is_distributed
 from mmengine.hooks import CheckpointHook
 
+from .compat.gpu import unseen_gpu
 from .datasets.report import printable
 
 
@@ -201,6 +202,16 @@ def is_lost_rank(error: BaseException) -> bool:
         isinstance(error, torch.distributed.DistError)
         or (isinstance(error, RuntimeError) and any(words in str(error) for words in lost))
     )
+
+
+def require_gpu() -> None:
+    """Refuse to compute on the CPU where there is a GPU that torch does not see.
+
+    Raises:
+        ValueError: It says why, and what to do.
+    """
+    if unseen := unseen_gpu():
+        raise ValueError(unseen)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ ALLOWED = {
     'benchmarking': {'__init__', 'analysis', 'atomic_file', 'config_path', 'models', 'ops'},
     'check_env': {'__init__', 'compat', 'ops'},
     'checkpoint': {'atomic_file', 'compat'},
-    'cli': {'checkpoint', 'datasets'},
+    'cli': {'checkpoint', 'compat', 'datasets'},
     'compat': set(),
     'config_path': set(),
     'datasets': {'atomic_file'},

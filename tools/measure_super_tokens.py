@@ -1,11 +1,12 @@
 r"""Do super tokens follow the borders of things better than a grid? In numbers, on labelled images.
 
     python tools/measure_super_tokens.py configs/camvid/svit-s_fpn_cpu_camvid.py \
-        --checkpoint work_dirs/svit-s_fpn_cpu_camvid/iter_1000.pth
+        --checkpoint work_dirs/svit-s_fpn_cpu_camvid/iter_800.pth
 
 Each pixel of a test image belongs to one super token most. Boundary recall and achievable
 segmentation accuracy of these regions are compared with the test labels, for the last block of
-each stage with super tokens, beside a plain grid of the same cells and SLIC with as many regions
+each stage with super tokens, beside plain grids (of the same cells, and of as many as there are
+regions: a super token that no pixel belongs to most has none) and SLIC, asked for as many
 (pip install scikit-image). Borders are the share of all pixels on a border of a region: more of
 them find more of the truth by chance.
 """
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mmsvit.analysis.superpixels import achievable_accuracy, borders, boundary_recall, grid
+from mmsvit.analysis.superpixels import achievable_accuracy, borders, boundary_recall, grid, grid_of
 from mmsvit.apis.inference import ImageModel
 from mmsvit.cli import add_config_options, make_parser, read_config, run
 from mmsvit.datasets.quick_checks import check_data
@@ -75,7 +76,9 @@ def main() -> None:
         for found in recorder.maps()[0]:
             cell = tuple(found.stride * side for side in found.super_token_size)
             name = f'stage {found.stage + 1}'
-            regions[f'super tokens of {name}'] = found.hard_assignment(truth.shape).numpy()
+            mine = found.hard_assignment(truth.shape).numpy()
+            regions[f'super tokens of {name}'] = mine
+            regions[f'grid of as many, {name}'] = grid_of(truth.shape, len(np.unique(mine)))
             regions[f'grid of {cell[0]}x{cell[1]} pixels'] = grid(truth.shape, cell)
             if not args.no_slic:
                 picture = sample['inputs'].permute(1, 2, 0).numpy()[..., ::-1]

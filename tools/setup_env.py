@@ -113,9 +113,12 @@ def read_requirements(family: str) -> tuple[list[str], str]:
 def describe_torch(python: Path) -> dict:
     """Ask an environment's torch what decides how mmcv is built; raise SetupError without torch."""
     code = (
-        'import json, platform, sys, torch; from torch.utils import cpp_extension; '
+        'import json, platform, re, subprocess, sys, torch; from torch.utils import cpp_extension; '
         'print(json.dumps(dict(torch=torch.__version__, cuda=torch.version.cuda, '
         'gpu=torch.cuda.is_available(), cuda_home=cpp_extension.CUDA_HOME, '
+        'nvcc=cpp_extension.CUDA_HOME and "".join(re.findall(r"release ([0-9.]+)", '
+        'subprocess.run([f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--version"], text=True, '
+        'capture_output=True).stdout)), '
         'arch=sorted({"sm%d%d" % torch.cuda.get_device_capability(i) '
         'for i in range(torch.cuda.device_count())}), '
         'python="cp%d%d" % sys.version_info[:2], machine=platform.machine())))'
@@ -124,6 +127,14 @@ def describe_torch(python: Path) -> dict:
     if result.returncode != 0:
         raise SetupError(f'torch does not import:\n{result.stderr}')
     return json.loads(result.stdout)
+
+
+def check_gpu(python: Path) -> None:
+    """Raise SetupError if there is a GPU that the environment's torch does not see."""
+    code = (ROOT / 'mmsvit' / 'compat' / 'gpu.py').read_text()
+    result = run_code(python, f'{code}\nprint(unseen_gpu() or "")')
+    if unseen := result.stdout.strip():
+        raise SetupError(f'{unseen} in front of this command')
 
 
 def wheel_folder(mmcv: str, torch: dict, with_cuda: bool) -> Path:
@@ -143,6 +154,15 @@ def obstacle_to_build(torch: dict, with_cuda: bool) -> str | None:
         return (
             f"there is a GPU, but no CUDA toolkit (nvcc) to build mmcv's ops for it: install CUDA "
             f'{torch["cuda"]}, set CUDA_HOME, or set FORCE_CUDA=0 to continue without the GPU'
+        )
+    if (
+        with_cuda
+        and torch.get('nvcc')
+        and torch['nvcc'].split('.')[0] != torch['cuda'].split('.')[0]
+    ):
+        return (
+            f'nvcc in {torch["cuda_home"]} is of CUDA {torch["nvcc"]}, and torch is built for CUDA '
+            f'{torch["cuda"]}: install that toolkit and set CUDA_HOME to it, or use --ops torchvision'
         )
     return None
 
@@ -215,6 +235,7 @@ def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
     """
     name, version = mmcv.split('==')
     torch = describe_torch(python)
+    check_gpu(python)
     forced = os.environ.get('FORCE_CUDA')
     with_cuda = torch['gpu'] if forced is None else forced == '1'
     device = 'cuda' if with_cuda and torch['gpu'] else 'cpu'

@@ -13,7 +13,15 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmsvit.checkpoint import read_checkpoint, trust_checkpoints
-from mmsvit.cli import add_arguments, add_hook, load_config, make_parser, run, start_processes
+from mmsvit.cli import (
+    add_arguments,
+    add_hook,
+    load_config,
+    make_parser,
+    require_gpu,
+    run,
+    start_processes,
+)
 from mmsvit.datasets.quick_checks import check_data, type_name
 
 
@@ -85,6 +93,7 @@ def main() -> None:
     args = parse_args()
     if args.trust_checkpoint:
         trust_checkpoints()
+    require_gpu()
     cfg = load_config(args)
     check_data(cfg, ('test',))
     start_processes(cfg, args.local_rank, trains=False)

@@ -26,6 +26,7 @@ from mmsvit.cli import (
     add_hook,
     load_config,
     make_parser,
+    require_gpu,
     run,
     start_processes,
 )
@@ -125,6 +126,7 @@ def main() -> None:
     args = parse_args()
     if args.trust_checkpoint:
         trust_checkpoints()
+    require_gpu()
     cfg = load_config(args)
     if args.overfit is not None:
         overfit_config(cfg, args.overfit, args.overfit_iters)

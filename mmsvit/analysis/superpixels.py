@@ -81,3 +81,16 @@ def grid(shape: tuple[int, int], cell: tuple[int, int]) -> np.ndarray:
     """
     rows, columns = (np.arange(n) // side for n, side in zip(shape, cell))
     return rows[:, None] * (columns[-1] + 1) + columns
+
+
+def grid_of(shape: tuple[int, int], number: int) -> np.ndarray:
+    """A grid of about as many cells, nearly squares.
+
+    Args:
+        shape: Height and width of the image.
+        number: How many cells; the grid has the nearest number that rows and columns give.
+    """
+    height, width = shape
+    rows = max(round((number * height / width) ** 0.5), 1)
+    columns = max(round(number / rows), 1)
+    return grid(shape, (-(-height // rows), -(-width // columns)))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mmsvit.analysis.superpixels import achievable_accuracy, borders, boundary_recall, grid
+from mmsvit.analysis.superpixels import achievable_accuracy, borders, boundary_recall, grid, grid_of
 
 VOID = 9
 HALVES = np.repeat([[0, 0, 0, 0, 1, 1, 1, 1]], 6, 0)  # a border between columns 3 and 4
@@ -44,3 +44,10 @@ def test_accuracy_is_that_of_the_most_frequent_label():
 def test_a_grid_has_cells_that_are_cut_at_the_border():
     cells = grid((5, 7), (2, 3))
     assert cells[0].tolist() == [0, 0, 0, 1, 1, 1, 2] and cells[:, 0].tolist() == [0, 0, 3, 3, 6]
+
+
+@pytest.mark.parametrize(('number', 'expected'), [(48, 48), (40, 40), (37, 35), (1, 1)])
+def test_a_grid_of_about_as_many_cells(number, expected):
+    cells = grid_of((360, 480), number)
+    assert cells.shape == (360, 480)
+    assert len(np.unique(cells)) == expected

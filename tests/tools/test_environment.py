@@ -226,6 +226,9 @@ def test_missing_pieces_have_messages(setup_env, monkeypatch, tmp_path):
     monkeypatch.setenv('CXX', sys.executable)
     with pytest.raises(setup_env.SetupError, match='nvcc'):
         setup_env.build_mmcv(tmp_path / 'python', 'mmcv==2.1.0', tmp_path, torch, True)
+    torch.update(cuda='13.0', cuda_home='/opt/cuda', nvcc='12.4')
+    with pytest.raises(setup_env.SetupError, match=r'of CUDA 12\.4, .* built for CUDA 13\.0'):
+        setup_env.build_mmcv(tmp_path / 'python', 'mmcv==2.1.0', tmp_path, torch, True)
 
 
 def test_a_failed_build_shows_the_end_of_its_log(setup_env, monkeypatch, tmp_path):
