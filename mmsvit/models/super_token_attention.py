@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import ops
+from ..ops.modes import is_tracing
+
+# From capability 9.0 on, PyTorch would choose cuDNN's first, which plans anew for each number of
+# tokens, for tens to hundreds of milliseconds; images of detectors have many sizes.
+KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.CUDNN_ATTENTION,
+]
+
+
+def prefer_flash(device: torch.device) -> AbstractContextManager:
+    """A context in which attention on CUDA takes the first of :data:`KERNELS` that can run.
+
+    A graph that is being recorded keeps PyTorch's order: its sizes may be fixed.
+    """
+    if device.type != 'cuda' or is_tracing():
+        return nullcontext()
+    return sdpa_kernel(KERNELS, set_priority=True)
 
 
 class GlobalAttention(nn.Module):
@@ -52,9 +75,10 @@ class GlobalAttention(nn.Module):
         else:
             # The gradients are put together as the projection has them, without a copy.
             query, key, value = (t.transpose(1, 2) for t in self._grouped(x).unbind(3))
-        x = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.attn_drop_rate if self.training else 0.0
-        )
+        with prefer_flash(x.device):
+            x = F.scaled_dot_product_attention(
+                query, key, value, dropout_p=self.attn_drop_rate if self.training else 0.0
+            )
         x = x.transpose(1, 2).reshape(n, height, width, channels)
         return self.proj_drop(self.proj(x))
 

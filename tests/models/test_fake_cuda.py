@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from conftest import ROOT, run_python
+from torch.nn.attention import SDPBackend
+
+from mmsvit.models.super_token_attention import prefer_flash
 
 CASES = [
     ['backbone', arch, dtype, backend, form]
@@ -38,3 +42,14 @@ def found() -> dict[str, dict]:
 def test_a_step_on_cuda(found, case):
     strange = {what: where for what, where in found['-'.join(case)].items() if where}
     assert not strange
+
+
+def test_attention_on_cuda_takes_flash_first_and_cudnn_last():
+    order = torch._C._get_sdp_priority_order
+    before = order()
+    with prefer_flash(torch.device('cuda')):
+        names = [kernel.name for kernel in map(SDPBackend, order()[:4])]
+    assert names == ['FLASH_ATTENTION', 'EFFICIENT_ATTENTION', 'MATH', 'CUDNN_ATTENTION']
+    assert order() == before
+    with prefer_flash(torch.device('cpu')):
+        assert order() == before
