@@ -42,7 +42,7 @@ from mmsvit.benchmarking.candidates import (
     known_models,
     parse_candidate,
 )
-from mmsvit.benchmarking.environment import describe_environment
+from mmsvit.benchmarking.environment import describe_environment, measure_rates
 from mmsvit.benchmarking.measure import COPY, MIN_ROUNDS, Settings, measure_case
 from mmsvit.benchmarking.report import Report, list_files, terminal_table
 from mmsvit.benchmarking.workloads import DTYPES, MODES, Case
@@ -241,7 +241,8 @@ def main() -> None:
     if COUNT in args.modes:
         count(args, command, console)
         return
-    report = Report(command, describe_environment(), settings, [], args.scaling)
+    environment = describe_environment() | measure_rates(args.device)
+    report = Report(command, environment, settings, [], args.scaling)
     files: list[Path] = []
     for case in list_cases(args):
         with Console(stderr=True).status('') as status:

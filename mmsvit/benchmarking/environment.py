@@ -8,9 +8,13 @@ import os
 import platform
 import re
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
+from torch.nn import functional
 
 import mmsvit
 
@@ -40,6 +44,45 @@ def describe_environment() -> dict[str, str]:
     )
     found['variables'] = ', '.join(f'{v}={os.environ[v]}' for v in VARIABLES if v in os.environ)
     return found
+
+
+def measure_rates(device: str) -> dict[str, str]:
+    """What this machine reaches in a matrix product and in attention, to compare machines by.
+
+    Attention's share of a model depends on it: on one CPU it runs at the rate of matrix products,
+    on another at half of it.
+
+    Args:
+        device: ``'cpu'`` or ``'cuda'``.
+    """
+    size, (heads, tokens, channels) = 2048, (5, 4200, 64)  # Stage 3 of SViT-S at 800x1344.
+    a = torch.randn(size, size, device=device)
+    q = torch.randn(1, heads, tokens, channels, device=device)
+    attend = functional.scaled_dot_product_attention
+    found = {}
+    for name, run, flops in (
+        (f'float32 product of {size}x{size}', lambda: a @ a, 2 * size**3),
+        (
+            f'float32 attention, {heads} heads of {tokens} tokens',
+            lambda: attend(q, q, q),
+            4 * heads * tokens**2 * channels,
+        ),
+    ):
+        rate = flops / median(_seconds(run, device) for _ in range(5))
+        found[name] = f'{rate / 1e9:.0f} GFLOP/s'
+    return found
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    def wait() -> None:
+        if device == 'cuda':
+            torch.cuda.synchronize()
+
+    wait()
+    begin = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - begin
 
 
 def _on(value: bool) -> str:

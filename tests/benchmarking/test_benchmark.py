@@ -24,7 +24,7 @@ from mmsvit.benchmarking.candidates import (
     known_models,
     parse_candidate,
 )
-from mmsvit.benchmarking.environment import describe_environment
+from mmsvit.benchmarking.environment import describe_environment, measure_rates
 from mmsvit.benchmarking.measure import CaseResult, Result, Settings, Spread, measure_case
 from mmsvit.benchmarking.report import Report, cells, columns, notes
 from mmsvit.benchmarking.workloads import (
@@ -340,6 +340,12 @@ def test_the_environment_says_what_times_depend_on():
     found = describe_environment()
     assert torch.__version__ in found['torch'] and 'threads used' in found['CPU']
     assert found['mmdet'] != 'not installed' and found['date'].endswith('UTC')
+
+
+def test_tables_say_what_the_machine_reaches():
+    rates = measure_rates('cpu')
+    assert [name.split()[1] for name in rates] == ['product', 'attention']
+    assert all(int(rate.removesuffix(' GFLOP/s')) > 0 for rate in rates.values())
 
 
 @pytest.mark.parametrize(
