@@ -327,7 +327,7 @@ def test_a_class_that_was_patched_before_is_not_standard():
 def test_a_copy_of_a_layer_is_standard():
     ffn = copy.deepcopy(ConvFFN(6, 12))
     assert all(map(is_standard, (ffn.fc1, ffn.act, ffn.dwconv, ffn.fc2, ffn.drop)))
-    assert not is_standard(None) and not is_standard(nn.LayerNorm(3))
+    assert not is_standard(None) and not is_standard(nn.GroupNorm(1, 3))
 
 
 def test_the_sum_keeps_the_precision_of_x_under_autocast(place):
