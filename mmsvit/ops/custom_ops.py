@@ -22,11 +22,23 @@ from .backend import backend_for
 from .modes import operators_are_seen
 
 
+def _as_promised(x: Tensor) -> Tensor:
+    """``x`` laid out as the operators' fake outputs say: contiguous, at the start of its memory."""
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    if x.storage_offset() == 0 and list(x.stride()) == strides:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _compute_sample(
     tokens: Tensor, super_token_size: Sequence[int], num_iters: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Super tokens, association and mass ``(N, Gh, Gw, 1)``, see :func:`mmsvit.ops.sample`."""
-    return backend_for(tokens, backend).sample(tokens, super_token_size, num_iters)
+    outputs = backend_for(tokens, backend).sample(tokens, super_token_size, num_iters)
+    super_tokens, association, mass = map(_as_promised, outputs)
+    return super_tokens, association, mass
 
 
 sample = custom_op(
@@ -45,7 +57,8 @@ def _compute_aggregate(
     backend: str,
 ) -> Tensor:
     """Sum tokens by association, ``(N, H, W, C)`` to ``(N, Gh, Gw, C)``; over mass if given."""
-    return backend_for(tokens, backend).aggregate(association, tokens, mass, super_token_size)
+    chosen = backend_for(tokens, backend)
+    return _as_promised(chosen.aggregate(association, tokens, mass, super_token_size))
 
 
 aggregate = custom_op(
@@ -65,8 +78,9 @@ def _compute_distribute(
     backend: str,
 ) -> Tensor:
     """See :func:`mmsvit.ops.distribute`; super tokens are divided by mass first if it is given."""
-    return backend_for(super_tokens, backend).distribute(
-        association, super_tokens, mass, super_token_size, token_shape
+    chosen = backend_for(super_tokens, backend)
+    return _as_promised(
+        chosen.distribute(association, super_tokens, mass, super_token_size, token_shape)
     )
 
 

@@ -197,6 +197,28 @@ def test_operators_keep_pytorchs_rules(place):
         )
 
 
+@pytest.mark.parametrize('shape', [(4, 4), (5, 7), (1, 9), (8, 3)])
+@pytest.mark.parametrize('size', [(2, 2), (3, 5), (16, 16)])  # The last is one cell.
+def test_outputs_are_laid_out_as_fake_ones_say(place, shape, size):
+    backend, device = place
+    tokens = random(1, *shape, 4, device=device)
+    supers, association, mass = custom_ops.sample(tokens, size, 1, backend)
+
+    def compute(tokens, supers, association, mass):
+        return (
+            *custom_ops.sample(tokens, size, 1, backend),
+            custom_ops.aggregate(association, tokens, mass, size, backend),
+            custom_ops.distribute(association, supers, mass, size, shape, backend),
+        )
+
+    inputs = tokens, supers, association, mass
+    with FakeTensorMode() as mode:
+        expected = compute(*map(mode.from_tensor, inputs))
+    for real, fake in zip(compute(*inputs), expected):
+        assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+        assert (real.stride(), real.storage_offset()) == (fake.stride(), fake.storage_offset())
+
+
 def test_compiled_once_for_all_sizes(place):
     attention = make_attention(place)
     torch._dynamo.reset()
