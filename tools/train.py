@@ -7,8 +7,10 @@ python tools/train.py configs/svit_maskrcnn_coco.py --overfit 16     # can it le
 from __future__ import annotations
 
 import argparse
+import logging
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -111,6 +113,16 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         # MMEngine's FlexibleRunner loads before any hook runs, so it is decided here. Without a
         # checkpoint a new run begins, from the config's load_from: a cluster's first try.
         found = newest_valid_checkpoint(cfg.work_dir)
+        if found is None:
+            start = cfg.get('load_from') or 'the beginning'
+            print_log(
+                f'Nothing to resume: there is no checkpoint in {cfg.work_dir!r}. A new run starts '
+                f'from {start}.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        else:
+            print_log(f'Resuming from {found}.', logger='current')
         cfg.resume, cfg.load_from = found is not None, found or cfg.get('load_from')
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume

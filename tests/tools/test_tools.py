@@ -344,3 +344,22 @@ def test_what_nobody_refused_keeps_its_traceback():
         with pytest.raises(ValueError) as caught:
             function()
         assert is_refusal(caught.value) == refused
+
+
+def test_resume_says_where_it_looked_and_what_it_found(tmp_path, capfd):
+    train = import_tool('train')
+    args = Namespace(amp=False, auto_scale_lr=False, resume='auto', config='config.py')
+
+    def resume() -> tuple[Config, str]:
+        cfg = Config(dict(work_dir=str(tmp_path), custom_hooks=[]))
+        train.apply_options(cfg, args)
+        return cfg, ''.join(capfd.readouterr())
+
+    cfg, said = resume()
+    assert f"Nothing to resume: there is no checkpoint in '{tmp_path}'" in said
+    assert cfg.resume is False and cfg.load_from is None
+    meta = dict(epoch=1, iter=8)
+    torch.save(dict(meta=meta, state_dict={}, optimizer={}), tmp_path / 'epoch_1.pth')
+    cfg, said = resume()
+    assert f'Resuming from {tmp_path / "epoch_1.pth"}.' in said
+    assert cfg.resume is True and cfg.load_from == str(tmp_path / 'epoch_1.pth')
