@@ -267,10 +267,10 @@ def super_token_sheet(
 
 def _colour_bar(sheet: Sheet, x: int, y: int, width: int, top: float) -> None:
     """Draw the legend of the colours of attention, in one line below the picture."""
-    length, thickness, end = round(0.2 * width), 10, x + width - 88
+    length, thickness, end = round(0.18 * width), 10, x + width - 88
     ramp = matplotlib.colormaps[COLOUR_MAP](np.linspace(0, 1, length))[None, :, :3] * 255
     ramp = np.repeat(ramp, thickness, axis=0).round().astype(np.uint8)
-    sheet.text('attention from the white marker', x, y, 9.5, color='#666666')
+    sheet.text('attention from the marker', x, y, 9.5, color='#666666')
     sheet.text('0', end - length - 8, y, 9.5, color='#666666', ha='right')
     sheet.picture(ramp, end - length, y - thickness // 2)
     sheet.text(f'{top:.3g}x mean', end + 8, y, 9.5, color='#666666')

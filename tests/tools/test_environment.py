@@ -197,8 +197,8 @@ def test_only_a_wheel_that_does_not_load_is_removed(setup_env, monkeypatch, tmp_
         built.append(folder / 'mmcv-2.1.0.whl')
         built[-1].touch()
 
-    tried = SimpleNamespace(returncode=1, stderr='out of memory')
-    loaded = SimpleNamespace(returncode=0 if loads else 1)
+    tried = SimpleNamespace(returncode=1, stderr='out of memory', stdout='')
+    loaded = SimpleNamespace(returncode=0 if loads else 1, stdout='')
     monkeypatch.setattr(setup_env, 'describe_torch', lambda python: torch)
     monkeypatch.setattr(setup_env, 'build_mmcv', build)
     monkeypatch.setattr(setup_env, 'install', lambda *args: None)
