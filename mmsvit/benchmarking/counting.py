@@ -20,6 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
@@ -286,4 +287,7 @@ def _count_here(candidate: Candidate, case: Case) -> Counts:
 def count_case(candidate: Candidate, case: Case) -> Counts:
     """:func:`count_model` in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-        return pool.submit(_count_here, candidate, case).result()
+        try:
+            return pool.submit(_count_here, candidate, case).result()
+        except BrokenProcessPool:
+            return Counts(error='its process died without a message')
