@@ -191,7 +191,7 @@ def parse_args() -> argparse.Namespace:
             check_output(list_files(args.out, args.scaling))
         except OSError as error:
             parser.error(f'--out {args.out}: cannot write there: {error}')
-    if args.device == 'cuda':
+    if args.device == 'cuda' and COUNT not in args.modes:  # Which needs none.
         import torch
 
         if not torch.cuda.is_available():
@@ -216,12 +216,13 @@ def list_cases(args: argparse.Namespace) -> Iterator[Case]:
 def count(args: argparse.Namespace, command: str, console: Console) -> None:
     from mmsvit.benchmarking.count_report import count_cases, counts_table, write_counts
 
+    environment = describe_environment()
     cases, files = [], []
     for case, found in count_cases(args.models, args.shapes, args.dtypes, args.batch):
         cases.append((case, found))
         console.print(counts_table(case, found))
         if args.out is not None:
-            files = write_counts(args.out, command, describe_environment(), cases)
+            files = write_counts(args.out, command, environment, cases)
     for file in files:
         print(f'wrote {file}')
     if all(counts.error for _, found in cases for counts in found.values()):

@@ -113,11 +113,11 @@ def read_requirements(family: str) -> tuple[list[str], str]:
 def describe_torch(python: Path) -> dict:
     """Ask an environment's torch what decides how mmcv is built; raise SetupError without torch."""
     code = (
-        'import json, platform, re, subprocess, sys, torch; from torch.utils import cpp_extension; '
+        'import json, os, platform, re, subprocess, sys, torch; from torch.utils import cpp_extension; '
         'print(json.dumps(dict(torch=torch.__version__, cuda=torch.version.cuda, '
         'gpu=torch.cuda.is_available(), cuda_home=cpp_extension.CUDA_HOME, '
-        'nvcc=cpp_extension.CUDA_HOME and "".join(re.findall(r"release ([0-9.]+)", '
-        'subprocess.run([f"{cpp_extension.CUDA_HOME}/bin/nvcc", "--version"], text=True, '
+        'nvcc=os.path.isfile(nvcc := f"{cpp_extension.CUDA_HOME}/bin/nvcc") and "".join('
+        're.findall(r"release ([0-9.]+)", subprocess.run([nvcc, "--version"], text=True, '
         'capture_output=True).stdout)), '
         'arch=sorted({"sm%d%d" % torch.cuda.get_device_capability(i) '
         'for i in range(torch.cuda.device_count())}), '

@@ -147,6 +147,8 @@ def parse_candidate(name: str) -> Candidate:
         raise ValueError(f'{name!r}: no flag {unknown[0]!r}; use one of {", ".join(FLAGS)}')
     if len(set(BACKENDS) & set(flags)) > 1:
         raise ValueError(f'{name!r}: name one backend, not several')
+    if {'recompute', 'cp'} <= set(flags):
+        raise ValueError(f'{name!r}: +recompute is a part of +cp; use one of them')
     if model in PEERS:
         of_svit = [flag for flag in flags if flag in SVIT_FLAGS] + [sizes] * bool(has_sizes)
         if of_svit:

@@ -126,8 +126,6 @@ def build_workload(candidate: Candidate, case: Case) -> Workload:
         raise ValueError('+graph needs a CUDA device')
     if 'graph' in candidate.flags and case.mode == 'detector':
         raise ValueError('a detector has no +graph: its shapes depend on values')
-    if candidate.flags >= {'recompute', 'cp'}:
-        raise ValueError('+recompute is a part of +cp; use one of them')
     if 'deploy' in candidate.flags and case.trains:
         raise ValueError('+deploy is a form for inference and cannot train')
     torch.manual_seed(0)

@@ -123,7 +123,8 @@ class SuperTokenBlock(nn.Module):
         """(N, H, W, C) -> (N, H, W, C)."""
         if self.pos_embed is not None:
             x = ops.add_depthwise_conv(x, self.pos_embed, self.ops_backend)
-        kept_1, kept_2 = self.drop_path(x)
+        draws = isinstance(self.drop_path, DropPath)
+        kept_1, kept_2 = self.drop_path(x) if draws else (None, None)
         x = self._add_branch(x, self.attn(ops.layer_norm(x, self.norm1)), self.gamma_1, kept_1)
         if self.deployed:
             return self.ffn(x, residual=True)
@@ -134,6 +135,8 @@ class SuperTokenBlock(nn.Module):
     ) -> Tensor:
         if gamma is not None:  # Under autocast, float32 would be that of all that follows.
             branch = gamma.to(branch.dtype) * branch
+        if not isinstance(self.drop_path, DropPath):  # Replaced: it takes the branch.
+            branch = self.drop_path(branch)
         if kept is not None:
             return torch.addcmul(x, branch, kept, value=1 / (1 - self.drop_path.drop_prob))
         # In place where nothing needs a gradient: allocating costs more than adding.

@@ -73,6 +73,7 @@ def test_reads_names():
         ('', 'no model'),
         ('svit-s+fast', "no flag 'fast'; use one of deploy"),
         ('svit-s+torch+triton', 'one backend, not several'),
+        ('svit-s+recompute+cp', 'a part of .cp'),
         ('svit-s:8-4-1', "four whole numbers .* found '8-4-1'"),
         ('svit-s:8-4-0-1', "four whole numbers .* found '8-4-0-1'"),
         ('svit-s:', "four whole numbers .* found ''"),

@@ -36,7 +36,6 @@ conv = nn.Conv2d(8, 8, 3, padding=1)
 depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
 for model in (conv, depthwise):
     move_to_fake_cuda(model, mode)
-n = 2 * 8 * 16 * 16 * 4
 count(lambda: x.view(-1), 'a view')
 count(lambda: x + x, 'one operand twice')
 count(lambda: x.expand(2, 2, 8, 16, 16).add(1), 'expanded')

@@ -174,6 +174,17 @@ def test_a_block_adds_what_is_kept_divided_by_its_part():
     assert added.mean().item() == pytest.approx(1, abs=0.1)
 
 
+def test_a_replaced_drop_path_takes_the_branches():
+    x = torch.randn(2, 4, 4, small_arch()['embed_dims'][-1])  # Of two samples: no masks are read.
+    block = make(drop_path_rate=0.5).train().stages[-1].blocks[-1].eval()
+    expected = block(x)
+    block.drop_path = nn.Identity()
+    assert torch.equal(block(x), expected)
+    block.drop_path = Scale(0.0)
+    block.pos_embed = None
+    assert torch.equal(block(x), x)
+
+
 class Scale(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()
