@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, golden_arch, import_tool, run_python, small_arch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import AmpOptimWrapper
 from torch import nn
 
@@ -346,14 +347,22 @@ def test_what_nobody_refused_keeps_its_traceback():
         assert is_refusal(caught.value) == refused
 
 
-def test_resume_says_where_it_looked_and_what_it_found(tmp_path, capfd):
+def test_resume_says_where_it_looked_and_what_it_found(tmp_path, caplog):
     train = import_tool('train')
     args = Namespace(amp=False, auto_scale_lr=False, resume='auto', config='config.py')
 
     def resume() -> tuple[Config, str]:
         cfg = Config(dict(work_dir=str(tmp_path), custom_hooks=[]))
-        train.apply_options(cfg, args)
-        return cfg, ''.join(capfd.readouterr())
+        # A logger that an earlier test made writes to that test's standard output.
+        logger = MMLogger.get_current_instance()
+        logger.addHandler(caplog.handler)
+        try:
+            train.apply_options(cfg, args)
+        finally:
+            logger.removeHandler(caplog.handler)
+        said = caplog.text
+        caplog.clear()
+        return cfg, said
 
     cfg, said = resume()
     assert f"Nothing to resume: there is no checkpoint in '{tmp_path}'" in said
