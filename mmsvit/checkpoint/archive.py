@@ -33,7 +33,9 @@ NUMBERS, STRINGS = frozenset(b'JKM'), frozenset(b'XU\x8a')  # LONG1 has a length
 CONSTANTS, EMPTY = frozenset(b'NG\x88\x89)'), frozenset(b']}\x8f')
 TUPLES = frozenset(b't\x85\x86\x87')
 FILLS = {APPEND: 1, APPENDS: 0, SETITEM: 2, SETITEMS: 0, BUILD: 1}
-ARGUMENT_SIZES = dict(zip(b'qrhjJKMXU\x8aG\x80', (1, 4, 1, 4, 4, 1, 2, 4, 1, 1, 8, 1)))
+ARGUMENT_SIZES = [0] * 256
+for _code, _size in zip(b'qrhjJKMXU\x8aG\x80', (1, 4, 1, 4, 4, 1, 2, 4, 1, 1, 8, 1)):
+    ARGUMENT_SIZES[_code] = _size
 
 
 class UnsafeStructureError(ValueError):
@@ -162,6 +164,8 @@ class _Object:
             self.elements += part.elements
             if part.depth >= self.depth:
                 self.depth = part.depth + 1
+            if self.kind == 'numbers' and part.kind != 'number':
+                self.kind = ''
             part.is_used = True
         if self.depth > MAX_DEPTH:
             raise UnsafeStructureError(f'more than {MAX_DEPTH} levels inside of each other')
@@ -192,13 +196,13 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
     try:
         while True:
             code = data[at]
-            size = ARGUMENT_SIZES.get(code, 0)
-            argument = (
-                data[at + 1]
-                if size == 1
-                else int.from_bytes(data[at + 1 : at + 1 + size], 'little')
-            )
-            at += 1 + size
+            size = ARGUMENT_SIZES[code]
+            at += 1
+            if size == 1:
+                argument = data[at]
+            elif size:
+                argument = int.from_bytes(data[at : at + size], 'little')
+            at += size
             if code in PUTS:
                 memo[argument] = stack[-1]
                 continue
@@ -225,7 +229,7 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
                 if first < 0:
                     raise IndexError
                 parts = stack[first:]
-                built = _Object('numbers' if all(p.kind == 'number' for p in parts) else '')
+                built = _Object('numbers')
                 built.add(parts)
                 stack[first:] = [built]
                 total += built.elements

@@ -190,13 +190,19 @@ def _read_torch(file: str | Path, map_location: str | torch.device | None) -> An
     if _trusted:
         return torch.load(file, map_location=map_location, weights_only=False)
     entries = check_records(file)
+    before = sys.getswitchinterval()
     with ThreadPoolExecutor(1) as pool:  # Beside reading, on another core.
-        sums = pool.submit(check_sums, file, entries)
+        # Between records it needs the interpreter, for which it would wait up to 5 ms each.
+        sys.setswitchinterval(1e-5)
         try:
-            check_pickles(file, entries)
-            return torch.load(file, map_location=map_location, weights_only=True)
+            sums = pool.submit(check_sums, file, entries)
+            try:
+                check_pickles(file, entries)
+                return torch.load(file, map_location=map_location, weights_only=True)
+            finally:
+                sums.result()  # Where they are wrong, it is damage, whatever else was found.
         finally:
-            sums.result()  # Where they are wrong, it is damage, whatever else was found.
+            sys.setswitchinterval(before)
 
 
 def _import_safetensors() -> ModuleType:
