@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import re
 import sys
@@ -194,7 +195,8 @@ def _check_backend() -> str:
     """Run the super token operations where the backbone will."""
     import torch
 
-    from mmsvit.ops import choose_backend, distribute, sample
+    from mmsvit.ops import choose_backend, distribute, proofs, sample
+    from mmsvit.ops.backend import VARIABLE
 
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     backend, reason = choose_backend(device, torch.float32)
@@ -206,6 +208,9 @@ def _check_backend() -> str:
     expected = (ones[:, :1, :1], share * ones)
     if not all(map(torch.allclose, (super_tokens, tokens), expected)):
         raise RuntimeError(f'the {backend} backend gives wrong results on {device}')
+    taken = sum(entry['proven'] for entry in proofs.records(device).values())
+    if device.type == 'cuda' and os.environ.get(VARIABLE, 'auto') == 'auto':
+        reason = f'{taken} Triton kernels are proven on this GPU, see python -m mmsvit.prove_gpu'
     return f'{backend} ({reason})'
 
 

@@ -160,6 +160,7 @@ GUARDS = dict(
     non_finite='mmsvit.NonFiniteHook',
     bad_samples='mmsvit.BadSamplesHook',
     run_record='mmsvit.RunRecordHook',
+    ops_backend='mmsvit.OpsBackendHook',
     log_errors='mmsvit.LogErrorsHook',
 )
 

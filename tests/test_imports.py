@@ -23,10 +23,11 @@ ALLOWED = {
     'compat': set(),
     'config_path': set(),
     'datasets': {'atomic_file'},
-    'engine': {'checkpoint', 'compat', 'datasets', 'models', 'registry', 'visualization'},
+    'engine': {'checkpoint', 'compat', 'datasets', 'models', 'ops', 'registry', 'visualization'},
     'export': {'checkpoint', 'models'},
     'models': {'checkpoint', 'ops', 'registry'},
     'ops': set(),
+    'prove_gpu': {'atomic_file', 'cli', 'compat', 'models', 'ops'},
     'registry': set(),
     'visualization': {'atomic_file', 'models', 'ops'},
 }

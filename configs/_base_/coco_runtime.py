@@ -12,5 +12,6 @@ default_hooks = dict(
     non_finite=dict(type='mmsvit.NonFiniteHook'),
     bad_samples=dict(type='mmsvit.BadSamplesHook'),
     run_record=dict(type='mmsvit.RunRecordHook'),
+    ops_backend=dict(type='mmsvit.OpsBackendHook'),
     log_errors=dict(type='mmsvit.LogErrorsHook'),
 )

@@ -74,6 +74,7 @@ def prepare_process() -> None:
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore
     backend._why_not = lambda name, device, dtype: None
+    backend.fix_choice([])  # auto is plain PyTorch, as on a GPU of which nothing is known.
     standard_layers.PLAIN.add(FakeTensor)
     try:
         if not torch.cuda.is_available():

@@ -12,20 +12,19 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Collection, Sequence
 from types import ModuleType
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from . import torch_backend
-from .modes import is_tracing
+from . import proofs, torch_backend
+from .modes import is_tracing, under_autocast
+from .proofs import Kernel
 
 BACKENDS = ('auto', 'torch', 'cpu', 'triton')
 VARIABLE = 'MMSVIT_OPS_BACKEND'
-# So far the Triton kernels have run in Triton's interpreter and been compiled for GPUs, but not
-# run on one. Until they have, they run only when named.
-PROVEN_ON_CUDA = False
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -58,7 +57,9 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @functools.cache
-def _choose(wanted: str, source: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def _choose(
+    wanted: str, source: str, device: torch.device, dtype: torch.dtype, kernel: Kernel | None
+) -> tuple[str, str]:
     if wanted not in BACKENDS:
         raise ValueError(f'{source}={wanted!r} is unknown; use one of {", ".join(BACKENDS)}')
     if wanted != 'auto':
@@ -72,18 +73,25 @@ def _choose(wanted: str, source: str, device: torch.device, dtype: torch.dtype) 
         choice = 'cpu', 'the tensors are on cpu'
     elif device.type != 'cuda':
         choice = 'torch', f'the tensors are on {device.type}'
-    elif not PROVEN_ON_CUDA:
-        reason = f'the Triton kernels have not been tested on a GPU; {VARIABLE}=triton tries'
-        choice = 'torch', reason
+    elif obstacle := _why_not('triton', device, dtype):
+        choice = 'torch', obstacle
+    elif kernel is None:
+        choice = 'torch', 'no Triton kernel computes it'
     else:
-        obstacle = _why_not('triton', device, dtype)
-        choice = ('torch', obstacle) if obstacle else ('triton', f'{dtype} on {device.type}')
+        proven, reason = proofs.verdict(kernel, device)
+        choice = ('triton' if proven else 'torch'), f'{kernel}: {reason}'
     print_log('backend {}: {}'.format(*choice), logger='current', level=logging.DEBUG)
     return choice
 
 
+def fix_choice(chosen: Collection[str] | None) -> None:
+    """See :func:`mmsvit.ops.proofs.fix`; choices that were made are made again."""
+    proofs.fix(chosen)
+    _choose.cache_clear()
+
+
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, backend: str = 'auto'
+    device: torch.device, dtype: torch.dtype, backend: str = 'auto', kernel: Kernel | None = None
 ) -> tuple[str, str]:
     """Choose the backend for tensors of ``dtype`` on ``device``.
 
@@ -93,8 +101,8 @@ def choose_backend(
       and the position embedding, for CUDA GPUs of compute capability 8.0 or more; with
       ``TRITON_INTERPRET=1`` on any device, slowly.
     - ``'auto'``: what the environment variable ``MMSVIT_OPS_BACKEND`` names. If that is unset or
-      ``'auto'``: ``'cpu'`` for CPU tensors, ``'triton'`` for CUDA tensors where Triton works
-      (once it is :data:`PROVEN_ON_CUDA`), and ``'torch'`` otherwise.
+      ``'auto'``: ``'cpu'`` for CPU tensors, ``'triton'`` for CUDA tensors where a record proves
+      ``kernel`` on this GPU (:mod:`.proofs`), and ``'torch'`` otherwise.
 
     While PyTorch records a graph (torch.compile, export, tracing) or transforms a function
     (``torch.func``), layers are always ``'torch'``. Each choice is logged once, at DEBUG.
@@ -107,14 +115,34 @@ def choose_backend(
         RuntimeError: The backend was asked for by name and cannot run here.
     """
     if backend != 'auto':
-        return _choose(backend, 'backend', device, dtype)
-    return _choose(os.environ.get(VARIABLE) or 'auto', VARIABLE, device, dtype)
+        return _choose(backend, 'backend', device, dtype, None)
+    return _choose(os.environ.get(VARIABLE) or 'auto', VARIABLE, device, dtype, kernel)
 
 
-def backend_for(x: Tensor, backend: str) -> ModuleType:
-    """The module of the backend that :func:`choose_backend` chooses for ``x``."""
+def backend_for(
+    x: Tensor,
+    backend: str,
+    operation: str | None = None,
+    channels: int = 0,
+    cell: Sequence[int] = (1, 1),
+) -> ModuleType:
+    """The module of the backend that :func:`choose_backend` chooses.
+
+    Args:
+        x: Says device and dtype.
+        backend: See :func:`choose_backend`.
+        operation: What is computed, if kernels of Triton's do that; see :class:`.proofs.Kernel`,
+            for the other arguments, too.
+        channels: Of the map.
+        cell: Of ``sample``.
+    """
     if is_tracing():
         return torch_backend
-    name, _ = choose_backend(x.device, x.dtype, backend)
+    kernel = None
+    if x.is_cuda and operation is not None:
+        halved = operation == 'conv_ffn' and under_autocast(x.device)
+        dtype = torch.get_autocast_dtype('cuda') if halved else x.dtype
+        kernel = Kernel(operation, dtype, channels, (cell[0], cell[1]))
+    name, _ = choose_backend(x.device, x.dtype, backend, kernel)
     # Imported when chosen: Triton is not installed everywhere.
     return importlib.import_module(f'.{name}_backend', __package__)

@@ -36,7 +36,8 @@ def _compute_sample(
     tokens: Tensor, super_token_size: Sequence[int], num_iters: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Super tokens, association and mass ``(N, Gh, Gw, 1)``, see :func:`mmsvit.ops.sample`."""
-    outputs = backend_for(tokens, backend).sample(tokens, super_token_size, num_iters)
+    chosen = backend_for(tokens, backend, 'sample', tokens.shape[3], super_token_size)
+    outputs = chosen.sample(tokens, super_token_size, num_iters)
     super_tokens, association, mass = map(_as_promised, outputs)
     return super_tokens, association, mass
 
@@ -57,7 +58,7 @@ def _compute_aggregate(
     backend: str,
 ) -> Tensor:
     """Sum tokens by association, ``(N, H, W, C)`` to ``(N, Gh, Gw, C)``; over mass if given."""
-    chosen = backend_for(tokens, backend)
+    chosen = backend_for(tokens, backend, 'sample', tokens.shape[3], super_token_size)
     return _as_promised(chosen.aggregate(association, tokens, mass, super_token_size))
 
 
@@ -78,7 +79,7 @@ def _compute_distribute(
     backend: str,
 ) -> Tensor:
     """See :func:`mmsvit.ops.distribute`; super tokens are divided by mass first if it is given."""
-    chosen = backend_for(super_tokens, backend)
+    chosen = backend_for(super_tokens, backend, 'sample', super_tokens.shape[3], super_token_size)
     return _as_promised(
         chosen.distribute(association, super_tokens, mass, super_token_size, token_shape)
     )

@@ -50,7 +50,8 @@ def conv_ffn(
     Raises:
         ValueError, RuntimeError: See :func:`choose_backend`.
     """
-    chosen, layers = backend_for(x, backend), (fc1, act, dwconv, fc2, drop)
+    channels = getattr(fc1, 'out_features', 0)
+    chosen, layers = backend_for(x, backend, 'conv_ffn', channels), (fc1, act, dwconv, fc2, drop)
     if chosen is not torch_backend and not all(map(is_standard, layers)):
         chosen = torch_backend
     return chosen.conv_ffn(x, *layers, residual, recompute)
@@ -61,7 +62,7 @@ def add_depthwise_conv(x: Tensor, conv: nn.Module, backend: str = 'auto') -> Ten
 
     See :func:`conv_ffn` for ``backend`` and what is raised.
     """
-    chosen = backend_for(x, backend)
+    chosen = backend_for(x, backend, 'add_depthwise_conv', x.shape[3])
     if chosen is torch_backend or not is_standard(conv):
         return torch_backend.add_depthwise_conv(x, conv)
     return chosen.add_depthwise_conv(x, conv)

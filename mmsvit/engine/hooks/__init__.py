@@ -7,6 +7,7 @@ from .drop_path_hook import DropPathHook
 from .exact_resume_hook import ExactResumeHook
 from .log_errors_hook import LogErrorsHook
 from .non_finite_hook import NonFiniteHook
+from .ops_backend_hook import OpsBackendHook
 from .run_record_hook import RunRecordHook
 from .safe_checkpoint_hook import SafeCheckpointHook
 from .stop_signal_hook import StopSignalHook
@@ -21,6 +22,7 @@ __all__ = [
     'ExactResumeHook',
     'LogErrorsHook',
     'NonFiniteHook',
+    'OpsBackendHook',
     'RunRecordHook',
     'SafeCheckpointHook',
     'StopSignalHook',
