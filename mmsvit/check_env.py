@@ -13,9 +13,11 @@ import os
 import platform
 import re
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 
 FAMILIES = {
     'onedl': {
@@ -187,7 +189,11 @@ def _check_ops() -> str:
             raise RuntimeError(f"mmcv's ops give wrong results on {device}")
     from mmsvit.compat.mmcv_ext import is_stand_in
 
-    whose = "torchvision's in place of compiled ones" if is_stand_in() else 'compiled'
+    whose = 'compiled'
+    if is_stand_in():
+        everywhere = Path(sysconfig.get_paths()['purelib'], 'mmsvit-ops.pth').is_file()
+        users = 'every program' if everywhere else 'programs that import mmsvit before mmdet'
+        whose = f"torchvision's in place of compiled ones, in {users}"
     return f'{whose}: nms and roi_align work on {" and ".join(devices)}'
 
 

@@ -2,9 +2,13 @@
 
     python3 tools/setup_env.py                      # the onedl-* releases, into .venv
     python3 tools/setup_env.py --family openmmlab   # OpenMMLab's own, into .venv-openmmlab
-    python3 tools/setup_env.py --ops torchvision    # without a compiler
+    python3 tools/setup_env.py --ops build          # compile mmcv's ops
+    python3 tools/setup_env.py --download wheels    # fill a folder for a machine without network
+    python3 tools/setup_env.py --wheels wheels      # install from it alone
+    python tools/setup_env.py --use-torch           # with the torch of this Python, downloading none
 
-An environment that is active and works is used as it is. Prints the path of the
+Without --ops, torchvision's kernels stand in for mmcv's, unless compiled ones work already. An
+environment that is active and works is used as it is. Prints the path of the
 Python to use on the standard output, everything else on the standard error. Needs Python's
 standard library only.
 """
@@ -30,6 +34,11 @@ DEV_REQUIREMENTS = 'requirements-dev.txt'
 MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 12)
 # An environment with torch's CUDA libraries takes 5.6 GB; pip unpacks beside it.
 NEEDED_GB = 9
+# In the environment's site-packages, where Python reads them at its start: the stand-in for mmcv's
+# ops in every program, and a path to the torch of another Python.
+STAND_IN_FILE, TORCH_FILE = 'mmsvit-ops.pth', 'mmsvit-torch.pth'
+IMPORT_STAND_IN = 'import sys; exec("try:\\n    import mmsvit\\nexcept ImportError:\\n    pass")\n'
+TORCH = ('torch', 'torchvision')
 
 
 class SetupError(Exception):
@@ -102,12 +111,92 @@ def working_environment(family: str | None) -> tuple[Path, str] | None:
     return python, installed[0]
 
 
-def read_requirements(family: str) -> tuple[list[str], str]:
+def read_requirements(family: str, with_torch: bool = True) -> tuple[list[str], str]:
     """The pins of a family: all but mmcv's, and mmcv's."""
     lines = map(str.strip, (ROOT / REQUIREMENTS[family]).read_text().splitlines())
     pins = [line for line in lines if line and not line.startswith('#')]
     mmcv = next(pin for pin in pins if re.match(r'(onedl-)?mmcv==', pin))
-    return [pin for pin in pins if pin != mmcv], mmcv
+    others = [
+        pin for pin in pins if pin != mmcv and (with_torch or pin.split('==')[0] not in TORCH)
+    ]
+    return others, mmcv
+
+
+def without_ops(mmcv: str) -> str:
+    """The pin of mmcv's Python files alone: OpenMMLab has a release of them."""
+    return mmcv.replace('mmcv==', 'mmcv-lite==') if mmcv.startswith('mmcv==') else mmcv
+
+
+def download(family: str, folder: Path, dev: bool, ops: str | None, with_torch: bool) -> None:
+    """Fill a folder with all that ``--wheels`` installs, for this Python and kind of machine."""
+    check_python()
+    pins, mmcv = read_requirements(family, with_torch)
+    wanted = [*pins, without_ops(mmcv), *(['-r', DEV_REQUIREMENTS] if dev else [])]
+    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
+    commands = [[*pip, 'wheel', '-w', str(folder), '-c', CONSTRAINTS[family], *wanted]]
+    if ops == 'build':  # Its source: compiled ops belong to the machine that they run on.
+        source = ['download', '--no-deps', '--no-binary', ':all:', '-d', str(folder), mmcv]
+        commands.append([*pip, *source])
+    for command in commands:
+        try:
+            subprocess.run(command, check=True, stdout=sys.stderr, cwd=ROOT)
+        except subprocess.CalledProcessError as error:
+            raise SetupError('pip failed, see above; docs/install.md lists known causes') from error
+    say(
+        f'copy {folder} and this checkout to the other machine, and run there: '
+        f'python3 tools/setup_env.py --wheels {folder}{"" if with_torch else " --use-torch"}'
+    )
+
+
+def install_from(folder: Path) -> None:
+    """Let every pip of this process and its children take what it installs from a folder alone."""
+    if not any(folder.glob('*.whl')):
+        raise SetupError(
+            f'{folder} has no wheels: fill it with --download on a machine with network'
+        )
+    os.environ.update(PIP_NO_INDEX='1', PIP_FIND_LINKS=str(folder.absolute()))
+
+
+def site_packages(python: Path) -> Path:
+    """Where an environment keeps its packages."""
+    command = [str(python), '-c', 'import sysconfig; print(sysconfig.get_paths()["purelib"])']
+    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+
+
+def folder_of_torch() -> Path:
+    """Where the torch of the Python that runs this is; raise SetupError if there is none to use."""
+    code = 'import torch, torchvision; print(torch.__version__.split("+")[0], torch.__path__[0])'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SetupError(
+            f'--use-torch: {sys.executable} has no torch with torchvision:\n{result.stderr}'
+        )
+    version, path = result.stdout.strip().split(' ', 1)
+    if tuple(map(int, version.split('.')[:2])) < (2, 6):
+        raise SetupError(f'--use-torch: torch {version} is too old, 2.6 or later is needed')
+    return Path(path).parent
+
+
+def reuse_torch(python: Path, constraints: str) -> Path:
+    """Let an environment see the packages beside this Python's torch, after its own.
+
+    Returns:
+        Constraints for pip, without those on torch.
+    """
+    (site_packages(python) / TORCH_FILE).write_text(f'{folder_of_torch()}\n')
+    file = python.parent.parent / 'constraints.txt'
+    lines = (ROOT / constraints).read_text().splitlines()
+    file.write_text('\n'.join(line for line in lines if line.split('==')[0] not in TORCH))
+    return file
+
+
+def keep_stand_in(python: Path, ops: str) -> None:
+    """Have every Python of an environment start with the stand-in for mmcv's ops, or none."""
+    file = site_packages(python) / STAND_IN_FILE
+    if ops == 'torchvision':
+        file.write_text(IMPORT_STAND_IN)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def describe_torch(python: Path) -> dict:
@@ -227,11 +316,11 @@ def try_nms(
     return run_code(python, code)
 
 
-def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
+def install_mmcv(python: Path, mmcv: str, ops: str | None) -> str:
     """Install mmcv, of which ``mmcv`` is the pin; raise SetupError if its ops do not run then.
 
     As ``ops``, ``'build'`` compiles them or takes a wheel built before; ``'torchvision'`` installs
-    mmcv's Python files alone, for mmsvit's stand-in; ``'auto'`` compiles where there is a compiler.
+    mmcv's Python files alone, for mmsvit's stand-in; None does so unless compiled ones work. Returns which.
     """
     name, version = mmcv.split('==')
     torch = describe_torch(python)
@@ -240,24 +329,22 @@ def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
     with_cuda = torch['gpu'] if forced is None else forced == '1'
     device = 'cuda' if with_cuda and torch['gpu'] else 'cpu'
     folder = wheel_folder(mmcv, torch, with_cuda)
-    if ops == 'auto':
-        built = list(folder.glob('*.whl'))
-        obstacle = None if built else obstacle_to_build(torch, with_cuda)
-        ops = 'build' if obstacle is None else 'torchvision'
-        say(f'mmcv ops: {ops} ({obstacle or ("built before" if built else "there is a compiler")})')
-    if ops == 'torchvision':
-        pure = 'mmcv-lite' if name == 'mmcv' else name  # OpenMMLab has a release without ops.
-        run(python, '-m', 'pip', 'uninstall', '--quiet', '--yes', name, pure)
+    if (
+        ops != 'torchvision'
+        and try_nms(python, name, version, device, compiled=True).returncode == 0
+    ):
+        return 'build'
+    if ops != 'build':
+        pure = without_ops(mmcv)
+        run(python, '-m', 'pip', 'uninstall', '--quiet', '--yes', name, pure.split('==')[0])
         # The onedl release always builds its ops if it finds torch: pip's isolation hides it.
-        install(python, '--quiet', '--no-deps', '--no-cache-dir', f'{pure}=={version}')
-        result = try_nms(python, pure, version, 'cpu', compiled=False)
+        install(python, '--quiet', '--no-deps', '--no-cache-dir', pure)
+        result = try_nms(python, pure.split('==')[0], version, 'cpu', compiled=False)
         if result.returncode != 0:
             raise SetupError(
                 f"torchvision's kernels do not run in place of mmcv's:\n{result.stderr}"
             )
-        return
-    if try_nms(python, name, version, device, compiled=True).returncode == 0:
-        return
+        return 'torchvision'
     for attempt in ('cached', 'built'):
         if attempt == 'built':
             build_mmcv(python, mmcv, folder, torch, with_cuda)
@@ -268,19 +355,21 @@ def install_mmcv(python: Path, mmcv: str, ops: str) -> None:
         install(python, '--quiet', '--no-deps', '--no-index', '--force-reinstall', str(wheels[0]))
         result = try_nms(python, name, version, device, compiled=True)
         if result.returncode == 0:
-            return
+            return 'build'
         # Ops that load and then fail, for want of memory on the GPU say, took half an hour to build.
         if run_code(python, 'import torch, mmcv.ops').returncode != 0:
             wheels[0].unlink()
     raise SetupError(f"mmcv's ops do not run although they were built just now:\n{result.stderr}")
 
 
-def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
+def set_up(
+    family: str, venv: Path, dev: bool, ops: str | None = None, use_torch: bool = False
+) -> Path:
     """Make the environment ``venv`` or bring it up to date, and return its Python."""
     python = venv / 'bin' / 'python'
     files = [REQUIREMENTS[family], CONSTRAINTS[family], DEV_REQUIREMENTS, 'setup.py']
     contents = [(ROOT / file).read_text() for file in files]
-    wanted = dict(family=family, checkout=str(ROOT), dev=dev, ops=ops)
+    wanted = dict(family=family, checkout=str(ROOT), dev=dev, ops=ops, use_torch=use_torch)
     wanted['digest'] = hashlib.sha256('\0'.join(contents).encode()).hexdigest()
     stamp = venv / 'mmsvit-setup.json'
     if stamp.is_file():
@@ -290,7 +379,7 @@ def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
                 f'{venv} holds the {there["family"]} family, and the two cannot share an '
                 'environment: remove it, or name another with --venv'
             )
-        if ops == 'auto' and there.get('ops'):  # Whoever chose before chose for later, too.
+        if ops is None and there.get('ops'):  # Whoever chose before chose for later, too.
             wanted['ops'] = ops = there['ops']
         # An environment with the test tools also serves those who do not need them.
         if there in (wanted, {**wanted, 'dev': True}) and works(python):
@@ -298,16 +387,21 @@ def set_up(family: str, venv: Path, dev: bool, ops: str) -> Path:
             return python
     if not python.is_file():
         check_python()
-        check_disk(venv.parent)
+        if not use_torch:
+            check_disk(venv.parent)
         say(f'making {venv}')
         run(Path(sys.executable), '-m', 'venv', str(venv))
     stamp.write_text(json.dumps(dict(family=family, finished=False)))
-    pins, mmcv = read_requirements(family)
-    install(python, '-c', CONSTRAINTS[family], *pins)
-    install_mmcv(python, mmcv, ops)
+    pins, mmcv = read_requirements(family, with_torch=not use_torch)
+    constraints = (
+        str(reuse_torch(python, CONSTRAINTS[family])) if use_torch else CONSTRAINTS[family]
+    )
+    install(python, '-c', constraints, *pins)
+    wanted['ops'] = install_mmcv(python, mmcv, ops)
     if dev:
-        install(python, '-c', CONSTRAINTS[family], '-r', DEV_REQUIREMENTS)
+        install(python, '-c', constraints, '-r', DEV_REQUIREMENTS)
     install(python, '--quiet', '--no-deps', '--no-build-isolation', '-e', '.')
+    keep_stand_in(python, wanted['ops'])
     run(python, '-m', 'mmsvit.check_env')
     stamp.write_text(json.dumps(wanted))
     return python
@@ -322,9 +416,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--dev', action='store_true', help=f'also install {DEV_REQUIREMENTS}')
     parser.add_argument(
         '--ops',
-        choices=('auto', 'build', 'torchvision'),
-        default='auto',
-        help="mmcv's ops: compiled, or torchvision's in their place, which needs no compiler",
+        choices=('torchvision', 'build'),
+        help="mmcv's ops: torchvision's in their place, which needs no compiler, or compiled ones",
+    )
+    parser.add_argument(
+        '--use-torch',
+        action='store_true',
+        help='install no torch: use the one of the Python that runs this',
+    )
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument('--download', type=Path, metavar='DIR', help='fill a folder with wheels')
+    place.add_argument(
+        '--wheels', type=Path, metavar='DIR', help='install from such a folder alone'
     )
     return parser.parse_args()
 
@@ -332,7 +435,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        anywhere = args.venv is None and args.ops == 'auto'
+        family = args.family or 'onedl'
+        if args.download is not None:
+            download(family, args.download.absolute(), args.dev, args.ops, not args.use_torch)
+            return
+        if args.wheels is not None:
+            install_from(args.wheels)
+        anywhere = args.venv is None and args.ops is None and not args.use_torch
         there = working_environment(args.family) if anywhere else None
         if there is not None:
             python, family = there
@@ -342,9 +451,9 @@ def main() -> None:
                 install(python, '-c', CONSTRAINTS[family], '-r', DEV_REQUIREMENTS)
             print(python)
             return
-        family = args.family or 'onedl'
         default = '.venv' if family == 'onedl' else f'.venv-{family}'
-        print(set_up(family, (args.venv or ROOT / default).absolute(), args.dev, args.ops))
+        venv = (args.venv or ROOT / default).absolute()
+        print(set_up(family, venv, args.dev, args.ops, args.use_torch))
     except SetupError as error:
         sys.exit(f'\ncannot set up the environment: {error}')
     except subprocess.CalledProcessError as error:

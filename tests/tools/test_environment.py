@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, fail_if_required, import_tool, run_python
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -129,7 +130,7 @@ def test_everything_that_is_brought_along_is_in_the_constraints():
 
 def test_the_environment_is_made_with_the_constraints(setup_env, tmp_path, monkeypatch):
     commands = []
-    for name in ('run', 'check_python', 'check_disk', 'install_mmcv'):
+    for name in ('run', 'check_python', 'check_disk', 'install_mmcv', 'keep_stand_in'):
         monkeypatch.setattr(setup_env, name, lambda *args: None)
     monkeypatch.setattr(setup_env, 'install', lambda python, *args: commands.append(args))
     (tmp_path / 'bin').mkdir()
@@ -248,23 +249,110 @@ def test_a_failed_pip_ends_in_one_sentence(setup_env):
 def test_an_environment_of_the_other_family_is_not_touched(setup_env, tmp_path):
     (tmp_path / 'mmsvit-setup.json').write_text('{"family": "openmmlab", "finished": false}')
     with pytest.raises(setup_env.SetupError, match='openmmlab'):
-        setup_env.set_up('onedl', tmp_path, dev=False, ops='auto')
+        setup_env.set_up('onedl', tmp_path, dev=False)
 
 
 def test_ops_chosen_before_are_kept(setup_env, tmp_path, monkeypatch):
     stamp = tmp_path / 'mmsvit-setup.json'
     made = []
-    for name in ('run', 'install', 'check_python', 'check_disk'):
+
+    def install_mmcv(python, mmcv, ops):
+        made.append(ops)
+        return ops or 'torchvision'
+
+    for name in ('run', 'install', 'check_python', 'check_disk', 'keep_stand_in'):
         monkeypatch.setattr(setup_env, name, lambda *args: None)
-    monkeypatch.setattr(setup_env, 'install_mmcv', lambda python, mmcv, ops: made.append(ops))
+    monkeypatch.setattr(setup_env, 'install_mmcv', install_mmcv)
     monkeypatch.setattr(setup_env, 'works', lambda python: True)
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin' / 'python').touch()
-    for dev, ops in ((False, 'torchvision'), (False, 'auto'), (True, 'auto'), (False, 'auto')):
-        setup_env.set_up('onedl', tmp_path, dev=dev, ops=ops)
-    assert made == ['torchvision', 'torchvision']  # again for the test tools, and with the same
+    for dev in (False, False, True, False):
+        setup_env.set_up('onedl', tmp_path, dev=dev)
+    assert made == [None, 'torchvision']  # again for the test tools, and with the same
     setup_env.set_up('onedl', tmp_path, dev=False, ops='build')
     assert made[-1] == 'build' and '"ops": "build"' in stamp.read_text()
+    setup_env.set_up('onedl', tmp_path, dev=True)
+    assert made[-1] == 'build'
+
+
+@pytest.mark.parametrize('ops', [None, 'torchvision', 'build'])
+def test_compiled_ops_that_work_are_kept(setup_env, monkeypatch, ops):
+    torch = dict(torch='2.11.0', cuda=None, gpu=False, arch=[], python='cp311', machine='x86_64')
+    done = []
+    monkeypatch.setattr(setup_env, 'describe_torch', lambda python: torch)
+    monkeypatch.setattr(setup_env, 'check_gpu', lambda python: None)
+    monkeypatch.setattr(setup_env, 'try_nms', lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(setup_env, 'install', lambda python, *args: done.append(args))
+    monkeypatch.setattr(setup_env, 'run', lambda *args: done.append(args))
+    found = setup_env.install_mmcv(Path('python'), 'onedl-mmcv==2.3.6', ops)
+    assert found == ('torchvision' if ops == 'torchvision' else 'build')
+    assert bool(done) == (ops == 'torchvision')
+
+
+def test_every_program_of_the_environment_has_the_stand_in(setup_env, tmp_path, monkeypatch):
+    """MMDetection imported first, and nothing of mmsvit named, in a Python that set-up prepared."""
+    monkeypatch.setattr(setup_env, 'site_packages', lambda python: tmp_path)
+    setup_env.keep_stand_in(Path('python'), 'torchvision')
+    (file,) = tmp_path.iterdir()
+    code = (
+        f'import site, sys; site.addsitedir({str(tmp_path)!r}); '
+        'print(any("mmsvit" in type(finder).__module__ for finder in sys.meta_path))'
+    )
+    assert run_python('-c', code).stdout == 'True\n'
+    # Where mmsvit is gone, Python starts without a word.
+    alone = run_python('-I', '-S', '-c', f'import site; site.addsitedir({str(tmp_path)!r})')
+    assert not alone.stdout + alone.stderr
+    setup_env.keep_stand_in(Path('python'), 'build')
+    assert not file.exists()
+
+
+def test_wheels_for_a_machine_without_network(setup_env, tmp_path, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(
+        setup_env, 'subprocess', SimpleNamespace(run=lambda command, **_: commands.append(command))
+    )
+    folder = tmp_path / 'wheels'
+    setup_env.download('onedl', folder, dev=True, ops='build', with_torch=False)
+    (wheels, source) = (' '.join(map(str, command)) for command in commands)
+    assert '-c constraints-onedl.txt' in wheels and '-r requirements-dev.txt' in wheels
+    assert 'onedl-mmcv==2.3.6' in wheels and 'torch==' not in wheels
+    assert '--no-binary :all:' in source and source.endswith('onedl-mmcv==2.3.6')
+    assert f'--wheels {folder} --use-torch' in capsys.readouterr().err
+    setup_env.download('openmmlab', folder, dev=False, ops=None, with_torch=True)
+    assert 'mmcv-lite==' in commands[-1][-1] and len(commands) == 3
+    assert any(part.startswith('torch==') for part in commands[-1])
+
+
+def test_wheels_are_the_only_source(setup_env, tmp_path, monkeypatch):
+    monkeypatch.setenv('PIP_NO_INDEX', '')
+    monkeypatch.setenv('PIP_FIND_LINKS', '')
+    with pytest.raises(setup_env.SetupError, match='has no wheels: fill it with --download'):
+        setup_env.install_from(tmp_path)
+    (tmp_path / 'a-1-py3-none-any.whl').touch()
+    setup_env.install_from(tmp_path)
+    # As pip, started by any of our functions, says itself.
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        command = [sys.executable, '-m', 'pip', 'download', 'no-such-package', '-d', tmp_path]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    assert f'Looking in links: {tmp_path}' in error.value.stdout
+    assert 'index' not in error.value.stdout
+
+
+def test_torch_of_another_python_is_used(setup_env, tmp_path, monkeypatch):
+    """A bare environment sees the torch of this one, and pip's constraints say nothing of it."""
+    run_python('-m', 'venv', '--without-pip', tmp_path / 'venv')
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    constraints = setup_env.reuse_torch(python, 'constraints-onedl.txt').read_text()
+    assert 'numpy==' in constraints and '\ntorch==' not in constraints
+    assert 'torchvision==' not in constraints
+    code = 'import sys, torch, torchvision; print(torch.__file__, sys.prefix)'
+    found = subprocess.run([python, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert found.split() == [torch.__file__, str(tmp_path / 'venv')]
+    (tmp_path / 'bare').mkdir()
+    run_python('-m', 'venv', '--without-pip', tmp_path / 'bare')
+    monkeypatch.setattr(setup_env.sys, 'executable', str(tmp_path / 'bare' / 'bin' / 'python'))
+    with pytest.raises(setup_env.SetupError, match='has no torch with torchvision'):
+        setup_env.folder_of_torch()
 
 
 def test_an_active_environment_must_have_the_family_that_is_asked_for(setup_env, monkeypatch):
