@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained SViT Mask R-CNN with its AP and pictures, on a GPU or two CPU cores.
 # Sets up .venv first (see tools/setup_env.py, whose options it takes). Can be run again cheaply.
-#   bash tools/quickstart.sh [--family openmmlab] [--ops torchvision] [--retrain]
+#   bash tools/quickstart.sh [--family openmmlab] [--ops build] [--retrain]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 setup_options=() retrain=()

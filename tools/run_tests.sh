@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up the environment (see tools/setup_env.py) and run all checks and tests.
-#   bash tools/run_tests.sh [--family openmmlab] [--ops torchvision] [-- options of pytest]
+#   bash tools/run_tests.sh [--family openmmlab] [--ops build] [-- options of pytest]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 setup_options=()
