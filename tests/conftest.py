@@ -46,6 +46,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(map(item.get_closest_marker, unasked))]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        callspec = getattr(item, 'callspec', None)
+        if callspec is not None and 'place' in callspec.params:
+            item.add_marker('cuda')
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,6 +17,7 @@ from mmsvit.ops import super_token
 
 PUBLISHED_PARAMETERS = {'small': 23_943_264, 'base': 50_138_928, 'large': 93_287_664}
 # The backends, and sampling without the custom operators around it, as in an export.
+pytestmark = pytest.mark.cuda
 WAYS = [*OPS_PLACES, ('exported', 'cpu')]
 IMAGES = [('tiny', '64x64'), ('tiny', '97x131'), ('coarse', '128x96'), ('coarse', '75x200')]
 CASES = [(*image, *way) for way in WAYS for image in IMAGES]

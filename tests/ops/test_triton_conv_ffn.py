@@ -13,7 +13,10 @@ from mmsvit import ops
 from mmsvit.models.svit import ConvFFN
 
 DEVICE = dict(OPS_PLACES).get('triton')
-pytestmark = pytest.mark.skipif(DEVICE is None, reason='Triton is not installed')
+pytestmark = [
+    pytest.mark.skipif(DEVICE is None, reason='Triton is not installed'),
+    pytest.mark.cuda,
+]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Images, height, width, channels, hidden channels: rows and columns of one, a width of an odd
 # pair, strips in several programs, strips of several chunks of rows, two blocks of channels.
