@@ -7,8 +7,10 @@ import re
 
 import pytest
 import torch
-from conftest import small_arch
+from conftest import ROOT, run_python, small_arch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from mmsvit import SViT
 from mmsvit.models.super_token_attention import ATTENTIONS
@@ -468,3 +470,36 @@ def test_initialisation_prints_no_line_for_each_weight(capfd):
     assert model.is_init
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.slow
+def test_training_compiled_for_all_sizes_needs_a_bug_of_pytorch_mended():
+    """If the first part fails, PyTorch has mended it: docs/training.md need not tell of it any more."""
+    report = ROOT / 'docs' / 'inductor_dynamic_sizes.py'
+    result = run_python(report, check=False)
+    assert result.returncode == 1 and 'cannot determine truth value of Relational' in result.stderr
+    assert run_python(report, '--mend').stdout == 'compiled\n'
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_training_step_at_one_size_is_one_graph_forward_and_one_backward(dtype):
+    """What a compiler, or a CUDA graph, replays for UperNet's crops: nothing is left to Python."""
+    graphs = []
+
+    def capture(graph, example_inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    net = make(drop_path_rate=0.2)
+    compiled = torch.compile(
+        net, backend=aot_autograd(fw_compiler=capture), fullgraph=True, dynamic=False
+    )
+    for _ in range(2):
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outputs = compiled(torch.randn(2, 3, 64, 64))
+        sum(y.float().square().mean() for y in outputs).backward()
+    assert len(graphs) == 2
+    assert all(parameter.grad is not None for parameter in net.parameters())
+    sizes = [node.meta['val'].shape for node in graphs[0].graph.nodes if 'val' in node.meta
+             and isinstance(node.meta['val'], torch.Tensor)]  # fmt: skip
+    assert all(isinstance(size, int) for shape in sizes for size in shape)
