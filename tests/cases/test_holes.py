@@ -98,8 +98,8 @@ def test_a_name_without_end_ends(tmp_path):
 
 def test_opcodes_have_the_arguments_that_pickle_gives_them():
     for name, code in pickletools.code2op.items():
-        size = checked.ARGUMENT_SIZES.get(ord(name))
-        if size is not None:
+        size = checked.ARGUMENT_SIZES[ord(name)]
+        if size:
             kind = code.arg.n
             lengths = {-2: 1, -3: 4, -4: 4}  # pickletools.TAKEN_FROM_ARGUMENT1, 4 and 4U
             assert size == lengths.get(kind, kind), code.name
