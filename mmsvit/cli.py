@@ -16,6 +16,7 @@ from mmengine.dist import get_backend, is_distributed
 from mmengine.hooks import CheckpointHook
 
 from .compat.gpu import unseen_gpu
+from .config_keys import check_keys, check_options
 from .datasets.report import printable
 
 
@@ -49,17 +50,26 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         help='settings to override, as key=value pairs: model.backbone.arch=base '
         "'train_dataloader.batch_size=4' 'key=[a,b]'",
     )
+    parser.add_argument(
+        '--allow-unknown-keys',
+        action='store_true',
+        help='accept settings that nothing is known to read, such as misspelt ones',
+    )
 
 
-def read_config(file: str | Path, options: dict | None) -> Config:
-    """Read a config, and write the ``options`` of ``--cfg-options`` into it.
+def read_config(file: str | Path, args: argparse.Namespace) -> Config:
+    """Read a config, and write the ``--cfg-options`` of :func:`add_config_options` into it.
 
     Raises:
         FileNotFoundError: There is no such file.
+        ValueError: Nothing reads one of the settings; the message says what may be meant.
     """
     cfg = Config.fromfile(file)
-    if options is not None:
-        cfg.merge_from_dict(options)
+    if not args.allow_unknown_keys:
+        check_keys(cfg)
+        check_options(cfg, args.cfg_options or {})
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
     return cfg
 
 
@@ -110,7 +120,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         FileNotFoundError: There is no such config.
     """
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = read_config(args.config, args)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

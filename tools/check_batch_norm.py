@@ -53,7 +53,7 @@ def read_images(model: nn.Module, loader: dict, number: int) -> Iterator[Tensor]
 
 def main() -> None:
     args = parse_args()
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = read_config(args.config, args)
     check_data(cfg, ('train',))
     set_random_seed(0)
     init_default_scope(cfg.get('default_scope', 'mmengine'))

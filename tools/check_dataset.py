@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     try:
-        cfg = read_config(args.config, args.cfg_options)
+        cfg = read_config(args.config, args)
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
     set_random_seed(0)

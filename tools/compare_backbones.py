@@ -208,7 +208,7 @@ def markdown(results: list[dict], lrs: list[float]) -> str:
 def main() -> None:
     args = parse_args()
     register_all_modules()
-    base = read_config(args.config, args.cfg_options)
+    base = read_config(args.config, args)
     check_data(base, ('train', 'val', 'test'))
     for results in compare(args, base):
         AtomicLocalBackend().put_text(markdown(results, args.lrs), args.out / 'README.md')

@@ -107,7 +107,7 @@ def main() -> None:
     if args.trust_checkpoint:
         trust_checkpoints()
     MMLogger.get_instance('mmengine', log_level='WARNING')  # Initialisation is told in pages.
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = read_config(args.config, args)
     try:
         model = build_exportable(
             cfg, args.checkpoint, args.part, not args.no_normalize, not args.no_deploy

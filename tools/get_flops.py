@@ -204,7 +204,7 @@ def main() -> None:
     args = parse_args()
     results = []
     for entry in track(list_entries(args.configs), description='counting', transient=True):
-        cfg = read_config(entry.config, args.cfg_options)
+        cfg = read_config(entry.config, args)
         try:
             figures = count_config(cfg, args.shape)
         except ValueError as error:

@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = read_config(args.config, args)
     check_data(cfg, ('test',))
     torch.manual_seed(0)
     model = ImageModel(cfg)

@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 
 from mmsvit.checkpoint import (
     SAFETENSORS,
+    check_weights_are_there,
     newest_valid_checkpoint,
     read_checkpoint,
     trust_checkpoints,
@@ -145,6 +146,7 @@ def main() -> None:
         if args.work_dir is None:
             cfg.work_dir += '_overfit'
     check_data(cfg, ('train', 'val'))
+    check_weights_are_there(cfg.model)
     start_processes(cfg, args.local_rank, trains=True)
     check_writable(cfg.work_dir)
     apply_options(cfg, args)

@@ -7,7 +7,7 @@ of the process by :func:`read_checkpoint`. In a config::
 """
 
 from .files import newest_valid_checkpoint
-from .loading import check_fit, load_pretrained
+from .loading import check_fit, check_weights_are_there, load_pretrained
 from .mmengine_patch import patch_mmengine
 from .published import PUBLISHED_AT, PUBLISHED_NAMES, backbone_state_dict, model_state_dict
 from .reading import (
@@ -28,6 +28,7 @@ __all__ = [
     'allow_runner_checkpoints',
     'backbone_state_dict',
     'check_fit',
+    'check_weights_are_there',
     'download',
     'load_pretrained',
     'model_state_dict',

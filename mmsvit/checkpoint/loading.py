@@ -13,6 +13,37 @@ from torch import Tensor
 from .published import PUBLISHED_AT, PUBLISHED_NAMES, backbone_state_dict, some_names
 from .reading import read_checkpoint
 
+WAYS_OUT = (
+    f'The authors of SViT publish ImageNet weights ({PUBLISHED_NAMES}) through the links at '
+    f'{PUBLISHED_AT}: download one by hand and put it there, or name another with '
+    '--cfg-options model.backbone.init_cfg.checkpoint=PATH. To train from scratch instead: '
+    '--cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False'
+)
+
+
+def check_weights_are_there(node: object, key: str = 'model') -> None:
+    """Check that the files which ``init_cfg`` of type ``Pretrained`` names exist, before anything is built.
+
+    Args:
+        node: A config's ``model``, or a part of it.
+        key: Where in the config it is.
+
+    Raises:
+        FileNotFoundError: A file on this machine does not exist; the message names key and file.
+    """
+    if isinstance(node, (list, tuple)):
+        for place, value in enumerate(node):
+            check_weights_are_there(value, f'{key}.{place}')
+    if not isinstance(node, dict):
+        return
+    kind = str(getattr(node.get('type'), '__name__', node.get('type'))).rpartition('.')[2]
+    path = node.get('checkpoint') if kind in ('Pretrained', 'PretrainedInit') else None
+    if isinstance(path, str) and '://' not in path and not Path(path).expanduser().exists():
+        more = f'. {WAYS_OUT}' if key == 'model.backbone.init_cfg' else ''
+        raise FileNotFoundError(f'{key}.checkpoint is {path!r}, which does not exist{more}')
+    for name, value in node.items():
+        check_weights_are_there(value, f'{key}.{name}')
+
 
 def load_pretrained(backbone: BaseModule, path: str | Path, prefix: str | None = None) -> None:
     """Load a checkpoint into an :class:`mmsvit.SViT`, all of it or nothing.
@@ -34,12 +65,7 @@ def load_pretrained(backbone: BaseModule, path: str | Path, prefix: str | None =
     try:
         found = backbone_state_dict(read_checkpoint(path), prefix)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f'{error}. The authors of SViT publish ImageNet weights ({PUBLISHED_NAMES}) through the '
-            f'links at {PUBLISHED_AT}: download one by hand and put it there, or name another with '
-            '--cfg-options model.backbone.init_cfg.checkpoint=PATH. To train from scratch instead: '
-            '--cfg-options model.backbone.init_cfg=None model.backbone.norm_eval=False'
-        ) from None
+        raise FileNotFoundError(f'{error}. {WAYS_OUT}') from None
     except ValueError as error:
         raise ValueError(f'cannot load {str(path)!r}: {error}') from error
     stages = len(backbone.stages)

@@ -23,7 +23,7 @@ from mmengine.optim import AmpOptimWrapper
 from torch import nn
 
 from mmsvit import SViT
-from mmsvit.checkpoint import read_checkpoint
+from mmsvit.checkpoint import check_weights_are_there, read_checkpoint
 from mmsvit.cli import is_refusal
 from mmsvit.compat.mmcv_ext import is_stand_in
 from mmsvit.engine.hooks.strict_checkpoint_hook import StrictCheckpointHook
@@ -376,3 +376,34 @@ def test_resume_says_where_it_looked_and_what_it_found(tmp_path, caplog):
     cfg, said = resume()
     assert f'Resuming from {tmp_path / "epoch_1.pth"}.' in said
     assert cfg.resume is True and cfg.load_from == str(tmp_path / 'epoch_1.pth')
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='gone.pth'))),
+            r"model\.backbone\.init_cfg\.checkpoint is 'gone\.pth'.*authors of SViT publish.*scratch",
+        ),
+        (
+            dict(neck=dict(init_cfg=[dict(type='PretrainedInit', checkpoint='neck.pth')])),
+            r"model\.neck\.init_cfg\.0\.checkpoint is 'neck\.pth', which does not exist$",
+        ),
+    ],
+)
+def test_missing_weights_are_found_before_anything_is_built(monkeypatch, shapes, change, message):
+    train = import_tool('train')
+    cfg = Config.fromfile(CONFIG)
+    for part, settings in change.items():
+        cfg.model[part].update(settings)
+    monkeypatch.setattr(train, 'load_config', lambda args: cfg)
+    monkeypatch.setattr(train, 'check_data', lambda *_: None)
+    monkeypatch.setattr(train.Runner, 'from_cfg', lambda *_: pytest.fail('a runner is built'))
+    monkeypatch.setattr(sys, 'argv', ['train.py', str(CONFIG)])
+    with pytest.raises(FileNotFoundError, match=message):
+        train.main()
+
+
+def test_weights_of_the_web_are_not_looked_for():
+    for path in ('https://example.com/a.pth', 'torchvision://resnet50'):
+        check_weights_are_there(dict(init_cfg=dict(type='Pretrained', checkpoint=path)))
