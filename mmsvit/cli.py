@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -64,7 +65,17 @@ def read_config(file: str | Path, args: argparse.Namespace) -> Config:
         FileNotFoundError: There is no such file.
         ValueError: Nothing reads one of the settings; the message says what may be meant.
     """
-    cfg = Config.fromfile(file)
+    try:
+        cfg = Config.fromfile(file)
+    except (AssertionError, ModuleNotFoundError, ValueError) as error:
+        # What MMEngine says of '::' in _base_ where it cannot find the package.
+        if re.search('load mmsvit config|please specify the package|please install', str(error)):
+            raise ValueError(
+                f"{file} inherits by '::' what MMEngine does not find ({error}). This always works: "
+                "_base_ = [__import__('mmsvit').config_path('svit_maskrcnn_coco.py')] for mmsvit's "
+                "configs, config_path('mmdet::NAME.py') for those of another package"
+            ) from error
+        raise
     if not args.allow_unknown_keys:
         check_keys(cfg)
         check_options(cfg, args.cfg_options or {})

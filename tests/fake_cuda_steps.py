@@ -8,6 +8,7 @@ import json
 import sys
 
 import torch
+from mmdet.registry import MODELS as DETECTORS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.models.utils import resize
@@ -94,12 +95,48 @@ def upernet_step(dtype: str) -> dict:
     return judge(recorder, model, trained=True)
 
 
+def maskrcnn_step(dtype: str) -> dict:
+    """All layers of Mask R-CNN, forward and backward, with RoIs that are given.
+
+    Which level an RoI is pooled from, and which proposals there are, MMDetection reads from values.
+    """
+    cfg = Config.fromfile(mmsvit.config_path('svit_maskrcnn_coco.py'))
+    init_default_scope('mmdet')
+    cfg.model.backbone.update(init_cfg=None, ops_backend='triton')
+    model = DETECTORS.build(cfg.model).train()
+    mode = FakeTensorMode()
+    move_to_fake_cuda(model, mode)
+    with mode:
+        images = torch.empty(2, 3, 128, 160, device='cuda')
+        rois = torch.empty(16, 5, device='cuda')
+        recorder = Recorder()
+        with recorder:
+            with torch.autocast('cuda', HALVES.get(dtype), enabled=dtype in HALVES):
+                features = model.extract_feat(images)
+                outputs = [x for levels in model.rpn_head(features) for x in levels]
+                head = model.roi_head
+                for level in range(4):
+                    pooled = head.bbox_roi_extractor.roi_layers[level](
+                        features[level].float(), rois
+                    )
+                    outputs += head.bbox_head(pooled)
+                    masks = head.mask_roi_extractor.roi_layers[level](features[level].float(), rois)
+                    outputs.append(head.mask_head(masks))
+            sum(output.float().square().mean() for output in outputs).backward()
+    found = judge(recorder, model, trained=False)
+    # The backbone's norms are frozen as the config says; all else gets a gradient.
+    found['without_gradient'] = [
+        name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+    ]
+    return found
+
+
 def main() -> None:
     prepare_process()
     found = {}
     for case in json.loads(sys.argv[1]):
         kind, *arguments = case
-        step = dict(backbone=backbone_step, upernet=upernet_step)[kind]
+        step = dict(backbone=backbone_step, upernet=upernet_step, maskrcnn=maskrcnn_step)[kind]
         found['-'.join(case)] = step(*arguments)
     print('FOUND', json.dumps(found))
 

@@ -16,7 +16,7 @@ CONFIGS = [
     path
     for folder in ('configs', 'examples')
     for path in sorted((ROOT / folder).rglob('*.py'))
-    if '_base_' not in path.parts
+    if '_base_' not in path.parts and path.stem != 'retinanet_onnx_boxes'
 ]
 
 
@@ -123,3 +123,11 @@ def test_variables_and_settings_of_other_constructors_pass(tmp_path):
         "optim_wrapper = dict(constructor='Mine', paramwise_cfg=dict(anything=1))"
     )
     check_keys(Config.fromfile(tmp_path / 'config.py'))
+
+
+@pytest.mark.parametrize('base', ['mmsvit::svit_maskrcnn_coco.py', 'mmsvit::mask_rcnn/x.py'])
+def test_a_base_that_mmengine_does_not_find_is_told_the_form_that_works(tmp_path, base):
+    (tmp_path / 'config.py').write_text(f'_base_ = {base!r}')
+    args = argparse.Namespace(cfg_options=None, allow_unknown_keys=False)
+    with pytest.raises(ValueError, match=r"config_path\('svit_maskrcnn_coco\.py'\)"):
+        cli.read_config(tmp_path / 'config.py', args)

@@ -12,6 +12,7 @@ import ast
 import importlib.util
 import inspect
 import itertools
+import json
 import os
 import re
 import shlex
@@ -538,7 +539,13 @@ def test_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
         pytest.importorskip(module)
     run_python('-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', tmp_path)
     pages = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*.html')}
-    names = {'index.html', 'zoo.html', 'contributing.html', '404.html', 'benchmarks/index.html'}
+    names = {
+        'index.html',
+        'model_zoo.html',
+        'contributing.html',
+        '404.html',
+        'benchmarks/index.html',
+    }
     names |= {f'{path.stem}.html' for path in DOCS.glob('*.md')}
     assert names <= pages
     for page in pages:
@@ -547,3 +554,18 @@ def test_site_builds_and_loads_nothing_from_elsewhere(tmp_path):
     # The signature of the backbone, from its source, and files of the repository.
     assert 'super_token_sizes' in (tmp_path / 'api.html').read_text()
     assert (tmp_path / 'configs' / 'svit_maskrcnn_coco.py').is_file()
+
+
+def test_the_notebook_runs_from_end_to_end(monkeypatch, capsys):
+    content = json.loads((DOCS / 'super_tokens.ipynb').read_text())
+    assert content['nbformat'] == 4 and not any(cell.get('outputs') for cell in content['cells'])
+    monkeypatch.chdir(DOCS)
+    names: dict = {}
+    for number, cell in enumerate(content['cells']):
+        if cell['cell_type'] == 'code':
+            exec(compile(''.join(cell['source']), f'cell {number}', 'exec'), names)
+    assert names['borders'].shape == names['colours'].shape
+    assert torch.unique(names['labels']).numel() > 20
+    losses = names['losses']
+    assert sum(losses[-3:]) < sum(losses[:3]) / 2
+    assert 'shares add up to 1.0' in capsys.readouterr().out

@@ -2,12 +2,12 @@
 
     python tools/get_flops.py configs/svit_maskrcnn_coco.py
     python tools/get_flops.py configs/svit_maskrcnn_coco.py --shape 640 640
-    python tools/get_flops.py model-index.yml --markdown docs/complexity.md --zoo docs/zoo.md
+    python tools/get_flops.py model-index.yml --markdown docs/complexity.md --zoo docs/model_zoo.md
 
 A metafile, or an index of them, stands for the configs that it lists, and brings the paper's
 figures.
 --zoo replaces what is between the lines "<!-- zoo: begin -->" and "<!-- zoo: end -->" by tables of
-the configs with their results, as docs/zoo.md has them.
+the configs with their results, as docs/model_zoo.md has them.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--tta',
         action='store_true',
-        help='test-time augmentation, by tta_model and tta_pipeline of the config',
+        help="test-time augmentation, by tta_model and tta_pipeline of the config, or MMDetection's "
+        'defaults',
     )
     parser.add_argument(
         '--deploy',
@@ -66,15 +67,42 @@ def draw_into(cfg: Config, folder: str) -> None:
         raise SystemExit(f'--show-dir does not know the hook {hook.type} of this config')
 
 
+def set_detector_tta(cfg: Config, dataset: ConfigDict) -> None:
+    """Set what MMDetection's own tool takes for a detector: flips, and NMS of all boxes."""
+    head = cfg.model.get('roi_head') or cfg.model
+    if head.get('mask_head') or head.get('panoptic_head'):
+        raise SystemExit(
+            "--tta: MMDetection's test-time augmentation merges boxes, not masks: it needs a detector "
+            'of boxes alone'
+        )
+    nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+    cfg.setdefault('tta_model', dict(type='DetTTAModel', tta_cfg=nms))
+    *steps, pack = dataset.pipeline
+    keys = (
+        'img_id',
+        'img_path',
+        'ori_shape',
+        'img_shape',
+        'scale_factor',
+        'flip',
+        'flip_direction',
+    )
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+    augment = dict(type='TestTimeAug', transforms=[flips, [dict(pack, meta_keys=keys)]])
+    cfg.setdefault('tta_pipeline', [*steps, augment])
+
+
 def apply_tta(cfg: Config) -> None:
     """Wrap the model and replace the test pipeline by those for test-time augmentation."""
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if cfg.get('default_scope') == 'mmdet':
+        set_detector_tta(cfg, dataset)
     absent = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
     if absent:
         raise SystemExit(f'--tta needs {" and ".join(absent)}, which the config does not set')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
     dataset.pipeline = cfg.tta_pipeline
 
 

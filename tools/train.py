@@ -37,6 +37,9 @@ from mmsvit.datasets.quick_checks import check_data
 from mmsvit.engine.overfit import WARM_UP, evaluate_only_these, judge, overfit_config
 from mmsvit.visualization.training_curves import read_curves
 
+EMA_MOMENTUM = 0.0002  # of the new weights: MMEngine's default
+LOGS = dict(tensorboard='TensorboardVisBackend', wandb='WandbVisBackend')
+
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__)
@@ -65,6 +68,21 @@ def parse_args() -> argparse.Namespace:
         help='scale the learning rate by the actual batch size over auto_scale_lr.base_batch_size',
     )
     parser.add_argument(
+        '--ema',
+        type=float,
+        nargs='?',
+        const=EMA_MOMENTUM,
+        metavar='MOMENTUM',
+        help=f'evaluate and save an average of the weights, too; the momentum is {EMA_MOMENTUM}',
+    )
+    parser.add_argument(
+        '--log-to',
+        nargs='+',
+        choices=LOGS,
+        default=(),
+        help='log there, too; TensorBoard reads the work folder',
+    )
+    parser.add_argument(
         '--overfit',
         type=int,
         metavar='N',
@@ -84,7 +102,17 @@ def parse_args() -> argparse.Namespace:
 
 
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
-    """Write ``--amp``, ``--auto-scale-lr`` and ``--resume`` into the config."""
+    """Write the options that are settings into the config."""
+    if args.ema is not None:
+        add_hook(cfg, dict(type='EMAHook', momentum=args.ema, priority='ABOVE_NORMAL'))
+    if args.log_to:
+        visualizer = cfg.setdefault('visualizer', dict(type='Visualizer'))
+        places = visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
+        kinds = [place.get('type') for place in places]
+        visualizer.vis_backends = [
+            *places,
+            *(dict(type=LOGS[name]) for name in args.log_to if LOGS[name] not in kinds),
+        ]
     if args.amp:
         kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
         if kind not in ('OptimWrapper', 'AmpOptimWrapper', OptimWrapper, AmpOptimWrapper):

@@ -63,9 +63,8 @@ def parse_args() -> argparse.Namespace:
         type=float,
         nargs=2,
         metavar=('X', 'Y'),
-        default=(0.5, 0.5),
         help='where attention is looked at from: fractions of width and height, 0 0 is the upper '
-        'left corner',
+        'left corner; by default the middle. Needs --checkpoint: random weights look nowhere',
     )
     parser.add_argument(
         '--of',
@@ -91,9 +90,12 @@ def parse_args() -> argparse.Namespace:
     try:
         args.images = find_images(args.images)
         head = None if args.head is None else args.head - 1
-        args.point = AttentionPoint(*args.point, args.of, head)
+        point = AttentionPoint(*(args.point or (0.5, 0.5)), args.of, head)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+    if args.checkpoint is None and (args.point or args.head):
+        parser.error('--point and --head need --checkpoint: random weights attend to nothing')
+    args.point = None if args.checkpoint is None else point
     problem = overwriting(args.images, args.out_dir)
     if problem:
         parser.error(problem)
@@ -156,8 +158,10 @@ def draw(path: Path, relative: Path, model: ImageModel, args: argparse.Namespace
     longer_side = args.size or max(SMALLEST_PICTURE, *image.shape[:2])
     for stage_map in maps:
         borders, colours = draw_super_tokens(image, stage_map, longer_side)
-        attention, _ = draw_attention_from(image, stage_map, args.point, longer_side)
-        for kind, picture in zip(KINDS, (borders, colours, attention)):
+        drawn = [borders, colours]
+        if args.point is not None:
+            drawn.append(draw_attention_from(image, stage_map, args.point, longer_side)[0])
+        for kind, picture in zip(KINDS, drawn):
             pictures[f'stage{stage_map.stage + 1}_{kind}'] = picture
     for kind, picture in pictures.items():
         file = picture_file(args.out_dir, relative, kind)

@@ -6,7 +6,7 @@ custom_imports = dict(imports=['mmsvit.checkpoint'], allow_failed_imports=False)
 custom_hooks = [dict(type='mmsvit.CheckDatasetHook'), dict(type='NumClassCheckHook')]
 default_hooks = dict(
     # docs/reliability.md: what keeps a run from being lost.
-    checkpoint=dict(type='mmsvit.SafeCheckpointHook'),
+    checkpoint=dict(type='mmsvit.SafeCheckpointHook', max_keep_ckpts=2, save_best='coco/bbox_mAP'),
     exact_resume=dict(type='mmsvit.ExactResumeHook'),
     stop_signal=dict(type='mmsvit.StopSignalHook'),
     non_finite=dict(type='mmsvit.NonFiniteHook'),

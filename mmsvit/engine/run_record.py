@@ -83,7 +83,8 @@ def settings_of(runner: Runner) -> dict[str, str]:
     loader = cfg.get('train_dataloader') or {}
     accumulated = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
     scaling, randomness = cfg.get('auto_scale_lr') or {}, cfg.get('randomness') or {}
-    averages = [hook for hook in cfg.get('custom_hooks') or [] if _is_average(hook)]
+    hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
+    averages = [hook for hook in hooks if _is_average(hook)]
     by_epoch = not isinstance(loop, IterBasedTrainLoop)
     numbers = {
         'auto_scale_lr': scaling.get('base_batch_size') if scaling.get('enable') else None,

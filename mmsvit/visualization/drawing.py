@@ -227,7 +227,7 @@ class Sheet:
 def super_token_sheet(
     image: np.ndarray,
     maps: Sequence[SuperTokenMap],
-    point: AttentionPoint = AttentionPoint(),
+    point: AttentionPoint | None = AttentionPoint(),
     title: str = '',
     note: str = '',
 ) -> np.ndarray:
@@ -236,32 +236,37 @@ def super_token_sheet(
     Args:
         image: From :func:`seen_image`.
         maps: From :class:`SuperTokenRecorder`.
-        point: The point from which to draw attention.
+        point: The point from which to draw attention; None for no attention.
         title: First line.
         note: Second line, such as the name of the checkpoint.
     """
     margin, gap, head, caption, bar = 28, 14, 74, 40, 34
     tile = fit(image, TILE)
-    draw_ring(tile, point.pixel(tile.shape[:2]))
+    if point is not None:
+        draw_ring(tile, point.pixel(tile.shape[:2]))
     height, width = tile.shape[:2]
     row = caption + height + bar
     column = max(width, COLUMN)
-    sheet = Sheet(2 * margin + 4 * column + 3 * gap, head + len(maps) * row + margin // 2)
+    count = 3 if point is None else 4
+    sheet = Sheet(
+        2 * margin + count * column + (count - 1) * gap, head + len(maps) * row + margin // 2
+    )
     sheet.text(title, margin, 30, 15, weight='bold')
     sheet.text(note, margin, 56, 9.5, color='#666666')
-    columns = [margin + i * (column + gap) for i in range(4)]
+    columns = [margin + i * (column + gap) for i in range(count)]
     for i, stage_map in enumerate(maps):
         borders, colours = draw_super_tokens(image, stage_map, TILE)
-        attention, most = draw_attention_from(image, stage_map, point, TILE)
         top = head + i * row
         sheet.text(_caption(stage_map), margin, top + caption // 2 + 2, 11)
-        pictures = (tile, borders, colours, attention)
         names = ('what the network sees', 'super tokens', 'their mean colours')
-        for x, picture in zip(columns, pictures):
+        for x, picture in zip(columns, (tile, borders, colours)):
             sheet.picture(picture, x, top + caption)
         for x, name in zip(columns, names):
             sheet.text(name, x, top + caption + height + bar // 2, 9.5, color='#666666')
-        _colour_bar(sheet, columns[3], top + caption + height + bar // 2, column, most)
+        if point is not None:
+            attention, most = draw_attention_from(image, stage_map, point, TILE)
+            sheet.picture(attention, columns[3], top + caption)
+            _colour_bar(sheet, columns[3], top + caption + height + bar // 2, column, most)
     return sheet.render()
 
 

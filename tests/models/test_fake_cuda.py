@@ -27,7 +27,11 @@ CASES = [
             for form in ('train', 'deploy')
         ],
     ]
-] + [['upernet', dtype] for dtype in ('float32', 'float16', 'bfloat16')]
+] + [
+    [kind, dtype]
+    for kind in ('upernet', 'maskrcnn')
+    for dtype in ('float32', 'float16', 'bfloat16')
+]
 
 
 @pytest.fixture(scope='module')

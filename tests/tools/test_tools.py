@@ -258,7 +258,9 @@ def test_auto_scale_lr_is_applied(shapes, tmp_path):
 )
 def test_amp_replaces_no_wrapper_that_does_more(wrapper, found):
     cfg = Config(dict(optim_wrapper=wrapper))
-    args = Namespace(config='mine.py', amp=True, auto_scale_lr=False, resume=None)
+    args = Namespace(
+        config='mine.py', amp=True, auto_scale_lr=False, resume=None, ema=None, log_to=()
+    )
     train = import_tool('train')
     if found is None:
         with pytest.raises(SystemExit, match=r'mine\.py has DeepSpeedOptimWrapper'):
@@ -353,7 +355,9 @@ def test_what_nobody_refused_keeps_its_traceback():
 
 def test_resume_says_where_it_looked_and_what_it_found(tmp_path, caplog):
     train = import_tool('train')
-    args = Namespace(amp=False, auto_scale_lr=False, resume='auto', config='config.py')
+    args = Namespace(
+        amp=False, auto_scale_lr=False, resume='auto', config='config.py', ema=None, log_to=()
+    )
 
     def resume() -> tuple[Config, str]:
         cfg = Config(dict(work_dir=str(tmp_path), custom_hooks=[]))
@@ -407,3 +411,33 @@ def test_missing_weights_are_found_before_anything_is_built(monkeypatch, shapes,
 def test_weights_of_the_web_are_not_looked_for():
     for path in ('https://example.com/a.pth', 'torchvision://resnet50'):
         check_weights_are_there(dict(init_cfg=dict(type='Pretrained', checkpoint=path)))
+
+
+def test_averages_and_logs_by_an_option(monkeypatch):
+    train = import_tool('train')
+    command = ['train.py', str(CONFIG), '--ema', '--log-to', 'tensorboard', 'wandb']
+    monkeypatch.setattr(sys, 'argv', command)
+    args = train.parse_args()
+    cfg = Config.fromfile(CONFIG)
+    before = list(cfg.visualizer.vis_backends)
+    train.apply_options(cfg, args)
+    assert [hook.momentum for hook in cfg.custom_hooks if hook.type == 'EMAHook'] == [0.0002]
+    kinds = [backend.type for backend in cfg.visualizer.vis_backends]
+    assert kinds[: len(before)] == [backend.type for backend in before]
+    assert {'TensorboardVisBackend', 'WandbVisBackend'} <= set(kinds)
+    train.apply_options(cfg, args)
+    assert len(cfg.visualizer.vis_backends) == len(set(kinds))  # none twice
+
+
+def test_detectors_are_augmented_as_mmdetection_does(shapes, tmp_path):
+    """Of boxes alone: trained for no step, tested with flips, from the command line."""
+    config = ROOT / 'configs' / 'retinanet' / 'retinanet_svit-s_fpn_1x_coco.py'
+    tool = import_tool('test')
+    cfg = Config.fromfile(config)
+    tool.apply_tta(cfg)
+    assert cfg.model.type == 'DetTTAModel' and cfg.model.module.type == 'RetinaNet'
+    flips, (pack,) = cfg.test_dataloader.dataset.pipeline[-1].transforms
+    assert [flip.prob for flip in flips] == [1.0, 0.0] and 'flip_direction' in pack.meta_keys
+    cfg = Config.fromfile(CONFIG)
+    with pytest.raises(SystemExit, match='merges boxes, not masks'):
+        tool.apply_tta(cfg)
