@@ -94,6 +94,8 @@ def find_boxes(
         scores.append(score[best])
         labels.append(label)
     box, score, label = map(np.concatenate, (boxes, scores, labels))
+    has_area = (box[:, 2:] > box[:, :2]).all(axis=1)  # Some lie outside the image.
+    box, score, label = box[has_area], score[has_area], label[has_area]
     kept = suppress(box, score, label, iou)[:most]
     return box[kept], score[kept], label[kept]
 

@@ -224,12 +224,18 @@ def test_tool_draws_folders_with_every_option(tmp_path):
     config.write_text(
         f"_base_ = '{ROOT}/configs/svit_classifier_shapes.py'\nmodel = dict(train_cfg=None)\n"
     )
+    torch.manual_seed(0)
+    cfg = Config.fromfile(config).model.backbone
+    settings = {key: value for key, value in cfg.items() if key not in ('type', 'init_cfg')}
+    torch.save(dict(state_dict=SViT(**settings).state_dict()), tmp_path / 'weights.pth')
     result = run_python(
         *(
             TOOL,
             tmp_path / '*' / '*.png',
             '--config',
             config,
+            '--checkpoint',
+            tmp_path / 'weights.pth',
             '--out-dir',
             out,
             '--point',
@@ -244,6 +250,19 @@ def test_tool_draws_folders_with_every_option(tmp_path):
     written = {str(path.relative_to(out)) for path in out.rglob('*.png')}
     assert written == {f'{i}/same_{kind}.png' for i in range(2) for kind in ['sheet', *kinds]}
     assert max(cv2.imread(str(out / '0' / 'same_stage1_borders.png')).shape) == 200
+
+
+def test_random_weights_show_no_attention(tmp_path):
+    cv2.imwrite(str(tmp_path / 'a.png'), picture(40, 64))
+    config = ROOT / 'configs' / 'svit_classifier_shapes.py'
+    out = tmp_path / 'out'
+    run_python(TOOL, tmp_path / 'a.png', '--config', config, '--out-dir', out, '--size', '64')
+    kinds = {path.stem.rpartition('_')[2] for path in out.iterdir()}
+    assert kinds == {'sheet', 'borders', 'colours'}
+    refused = run_python(
+        *(TOOL, tmp_path / 'a.png', '--config', config, '--point', '0.1', '0.1'), check=False
+    )
+    assert refused.returncode == 2 and 'need --checkpoint' in refused.stderr
 
 
 def tool_says(monkeypatch, capsys, *arguments: object) -> str:
