@@ -299,9 +299,9 @@ def check_test_data(cfg: Config, folder: Path) -> None:
         (cfg.test_dataloader.dataset, DATASETS),
         (cfg.test_evaluator, METRICS),
     ):
-        taken: set[str] = set()
-        for kind in registry.get(settings['type']).__mro__:
-            taken |= set(inspect.signature(kind.__init__).parameters)
+        with registry.switch_scope_and_registry('mmdet') as known:
+            kinds = known.get(settings['type']).__mro__
+        taken = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
         assert set(settings) - {'type', '_scope_'} <= taken
 
 
