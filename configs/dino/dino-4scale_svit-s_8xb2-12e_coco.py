@@ -3,6 +3,7 @@
 _base_ = ['mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py']
 
 model = dict(
+    type='mmsvit.Float32DINO',  # in mixed precision, too
     backbone=dict(
         _delete_=True,
         type='mmsvit.SViT',

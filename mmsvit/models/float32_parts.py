@@ -2,7 +2,7 @@
 
 MMDetection makes anchors in the dtype of a head's scores, and rounds the corners of RoIs to that of
 the features before it pools them: in bfloat16 by up to 4 pixels, in float16 by half a pixel. MMCV's
-RoI pooling, NMS and focal loss have no bfloat16 at all.
+RoI pooling, NMS, focal loss and deformable attention have no bfloat16 at all.
 """
 
 from __future__ import annotations
@@ -87,3 +87,16 @@ def Float32RPNHead(**settings: Any) -> nn.Module:
 def Float32RetinaHead(**settings: Any) -> nn.Module:
     """MMDetection's ``RetinaHead``, with the same arguments, that gives its outputs in float32."""
     return _build_head('mmdet.RetinaHead', settings)
+
+
+@MODELS.register_module()
+def Float32DINO(**settings: Any) -> nn.Module:
+    """MMDetection's ``DINO``, with the same arguments, whose deformable attention samples in float32.
+
+    MMCV's compiled operation has no bfloat16, and takes the dtype of what it samples.
+    """
+    model = MODELS.build(dict(settings, type='mmdet.DINO'))
+    for module in model.modules():
+        if type(module).__name__ == 'MultiScaleDeformableAttention':
+            module.value_proj.register_forward_hook(_return_float32)
+    return model

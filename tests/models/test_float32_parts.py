@@ -89,11 +89,15 @@ def test_detectors_train_in_mixed_precision(name, dtype, on_a_cpu):
     optim_wrapper = build_optim_wrapper(model, wrapper)
     before = {name: p.clone() for name, p in model.named_parameters()}
     # Features are in the half type: it is mixed precision that is tried.
-    dtypes = []
+    dtypes, sampled = [], []
+    for module in model.modules():
+        if type(module).__name__ == 'MultiScaleDeformableAttention':
+            module.value_proj.register_forward_hook(lambda _, __, y: sampled.append(y.dtype))
     model.neck.register_forward_hook(lambda _, __, maps: dtypes.append(maps[0].dtype))
     data = demo_mm_inputs(2, [[3, 96, 96]] * 2, with_mask='mask' in name, use_box_type=False)
     losses = model.train_step(data, optim_wrapper)
     assert dtypes == [dtype]
+    assert set(sampled) == ({torch.float32} if 'dino' in name else set())
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in losses.values()), losses
     moved = [name for name, p in model.named_parameters() if not torch.equal(before[name], p)]
     assert any('backbone' in name for name in moved) and any('head' in name for name in moved)
