@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import platform
 import re
 import sys
@@ -202,7 +201,7 @@ def _check_backend() -> str:
     import torch
 
     from mmsvit.ops import choose_backend, distribute, proofs, sample
-    from mmsvit.ops.backend import VARIABLE
+    from mmsvit.ops.backend import named_backend
 
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     backend, reason = choose_backend(device, torch.float32)
@@ -214,8 +213,8 @@ def _check_backend() -> str:
     expected = (ones[:, :1, :1], share * ones)
     if not all(map(torch.allclose, (super_tokens, tokens), expected)):
         raise RuntimeError(f'the {backend} backend gives wrong results on {device}')
-    taken = sum(entry['proven'] for entry in proofs.records(device).values())
-    if device.type == 'cuda' and os.environ.get(VARIABLE, 'auto') == 'auto':
+    if device.type == 'cuda' and named_backend() == 'auto':
+        taken = sum(entry['proven'] for entry in proofs.records(device).values())
         reason = f'{taken} Triton kernels are proven on this GPU, see python -m mmsvit.prove_gpu'
     return f'{backend} ({reason})'
 

@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from torch import nn
 
 from .atomic_file import atomic_file
 from .cli import make_parser, run
 from .compat.gpu import unseen_gpu
+from .datasets.quick_checks import type_name
 from .models import SViT
 from .models.kernels import kernels_of
 from .ops import proofs
@@ -59,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 def backbones(node: Any) -> Iterator[SViT]:
     """The SViT of a config, without memory, wherever in the model they are."""
     if isinstance(node, dict):
-        if str(getattr(node.get('type'), '__name__', node.get('type'))).endswith('SViT'):
+        if type_name(node).endswith('SViT'):
             settings = {
                 key: value for key, value in node.items() if key not in ('type', 'init_cfg')
             }
@@ -82,11 +84,11 @@ def wanted_kernels(configs: list[str], dtypes: list[str]) -> dict[Kernel, int]:
     if not configs:
         with torch.device('meta'):
             models = [SViT(arch, super_token_sizes=DENSE_SIZES) for arch in ARCHS]
-        return {k: stride for model in models for k, stride in kernels_of(model, chosen).items()}
+        return kernels_of(nn.ModuleList(models), chosen)
     found: dict[Kernel, int] = {}
     for config in configs:
         models = list(backbones(Config.fromfile(config).get('model')))
-        kernels = {k: stride for model in models for k, stride in kernels_of(model, chosen).items()}
+        kernels = kernels_of(nn.ModuleList(models), chosen)
         if not kernels:
             raise ValueError(f"{config} has no mmsvit.SViT with ops_backend='auto' in its model")
         found.update(kernels)
@@ -134,9 +136,11 @@ def work() -> None:
             answer(unknown=f'not enough memory: {str(error).splitlines()[0]}')
             torch.cuda.empty_cache()
         except Exception as error:  # Whatever Triton or CUDA raise.
-            answer(problem=f'{type(error).__name__}: {str(error).splitlines()[0]}', speedup=None)
-            if 'CUDA error' in str(error):
-                return  # The context is lost.
+            lost = 'CUDA error' in str(error)  # The context is, and this process with it.
+            problem = f'{type(error).__name__}: {str(error).splitlines()[0]}'
+            answer(problem=problem, speedup=None, lost=lost)
+            if lost:
+                return
 
 
 class Worker:
@@ -221,6 +225,7 @@ def prove_all(kernels: dict[Kernel, int], again: bool) -> dict[str, dict]:
         RuntimeError: See :func:`start_worker`.
         OSError: The record cannot be written.
     """
+    worker: Worker | None
     worker, here = start_worker()
     file = proofs.folder() / proofs.file_name(here)
     entries = proofs.read(file, here)
@@ -231,10 +236,13 @@ def prove_all(kernels: dict[Kernel, int], again: bool) -> dict[str, dict]:
             print(f'[{number}/{len(kernels)}] {name}: has a record')
             continue
         print(f'[{number}/{len(kernels)}] {name}: ', end='', flush=True)
+        if worker is None:
+            worker, _ = start_worker()
         answer = worker.ask(to_json(kernel, stride))
         if answer is None:
-            answer = dict(problem=worker.end(), speedup=None)
-            worker, _ = start_worker()
+            answer = dict(problem=worker.end(), speedup=None, lost=True)
+        if answer.get('lost'):
+            worker = None
         seconds = time.monotonic() - begin
         if 'unknown' in answer:
             print(f'not proven, {answer["unknown"]} ({seconds:.0f} s)')
@@ -245,7 +253,8 @@ def prove_all(kernels: dict[Kernel, int], again: bool) -> dict[str, dict]:
             part.write_text(json.dumps(dict(environment=here, kernels=entries), indent=1))
         timed = '' if ratio is None else f', {ratio:.2f} times as fast as PyTorch'
         print(f'{f"WRONG: {problem}" if problem else f"right{timed}"} ({seconds:.0f} s)')
-    worker.close()
+    if worker is not None:
+        worker.close()
     return entries
 
 

@@ -27,8 +27,8 @@ ALLOWED = {
     'engine': {'checkpoint', 'compat', 'datasets', 'models', 'ops', 'registry', 'visualization'},
     'export': {'checkpoint', 'models'},
     'models': {'checkpoint', 'ops', 'registry'},
-    'ops': set(),
-    'prove_gpu': {'atomic_file', 'cli', 'compat', 'models', 'ops'},
+    'ops': {'compat'},
+    'prove_gpu': {'atomic_file', 'cli', 'compat', 'datasets', 'models', 'ops'},
     'registry': set(),
     'visualization': {'atomic_file', 'models', 'ops'},
 }

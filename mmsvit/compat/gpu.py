@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 CPU_VARIABLE = 'MMSVIT_CPU'
+DRIVER_FILE = Path('/proc/driver/nvidia/version')  # Where Linux's driver says its version.
 # The oldest driver of each CUDA release; within a release, wheels run on all of them.
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
 
-def _driver_version(file: Path) -> str | None:
+def driver_version(file: Path = DRIVER_FILE) -> str | None:
     """Version of the NVIDIA driver; empty if only nvidia-smi says there is one; None for none."""
     if file.is_file():
         found = re.search(r'Kernel Module\D*?(\d+(?:\.\d+)+)', file.read_text())
@@ -31,7 +32,7 @@ def _driver_version(file: Path) -> str | None:
     return result.stdout.split('\n')[0].strip() if result.returncode == 0 else None
 
 
-def unseen_gpu(driver_file: Path = Path('/proc/driver/nvidia/version')) -> str | None:
+def unseen_gpu(driver_file: Path = DRIVER_FILE) -> str | None:
     """Why torch does not see the NVIDIA GPU of this machine, and what to do.
 
     Args:
@@ -42,7 +43,7 @@ def unseen_gpu(driver_file: Path = Path('/proc/driver/nvidia/version')) -> str |
     """
     if os.environ.get(CPU_VARIABLE) == '1' or torch.cuda.is_available():
         return None
-    driver = _driver_version(driver_file)
+    driver = driver_version(driver_file)
     if driver is None:
         return None
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')

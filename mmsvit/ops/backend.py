@@ -28,6 +28,11 @@ VARIABLE = 'MMSVIT_OPS_BACKEND'
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def named_backend() -> str:
+    """What ``MMSVIT_OPS_BACKEND`` names, ``'auto'`` if nothing."""
+    return os.environ.get(VARIABLE) or 'auto'
+
+
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in Python, on tensors of any device."""
     return os.environ.get('TRITON_INTERPRET') == '1'
@@ -116,7 +121,7 @@ def choose_backend(
     """
     if backend != 'auto':
         return _choose(backend, 'backend', device, dtype, None)
-    return _choose(os.environ.get(VARIABLE) or 'auto', VARIABLE, device, dtype, kernel)
+    return _choose(named_backend(), VARIABLE, device, dtype, kernel)
 
 
 def backend_for(

@@ -21,20 +21,20 @@ from typing import NamedTuple
 import torch
 from mmengine.logging import print_log
 
+from ..compat.gpu import driver_version
+
 VARIABLE = 'MMSVIT_PROOFS'
 SHIPPED = Path(__file__).parent / 'proofs'
-# The functions of :mod:`mmsvit.ops` that have kernels; ``distribute`` belongs to ``sample``.
-OPERATIONS = ('sample', 'conv_ffn', 'add_depthwise_conv')
 SOURCES = ('triton_backend.py', 'triton_conv_ffn.py')
 LEAST_SPEEDUP = 1.1
-DRIVER_FILE = Path('/proc/driver/nvidia/version')
 
 
 class Kernel(NamedTuple):
     """What is compiled into kernels, so that one proof does not hold for another.
 
     Attributes:
-        operation: One of :data:`OPERATIONS`.
+        operation: A function of :mod:`mmsvit.ops`: ``'sample'``, with ``distribute`` as its part,
+            ``'conv_ffn'`` or ``'add_depthwise_conv'``.
         dtype: Of the map.
         channels: Of the map that the kernels read; of ``conv_ffn`` those between its linear layers.
         cell: Height and width of a super token; of other operations (1, 1).
@@ -59,15 +59,6 @@ def folder() -> Path:
     return Path(named) if named else cache / 'mmsvit' / 'proofs'
 
 
-def _driver() -> str:
-    """The release branch of the NVIDIA driver, within which kernels are not compiled otherwise."""
-    try:
-        found = re.search(r'Kernel Module\D*?(\d+)\.', DRIVER_FILE.read_text())
-    except OSError:
-        found = None
-    return found[1] if found else 'unknown'
-
-
 @functools.cache
 def environment(device: torch.device) -> dict[str, str] | None:
     """All that a record holds for, beside the kernel; None where there are no kernels to run."""
@@ -80,7 +71,8 @@ def environment(device: torch.device) -> dict[str, str] | None:
     return dict(
         gpu=torch.cuda.get_device_name(device),
         capability='{}.{}'.format(*torch.cuda.get_device_capability(device)),
-        driver=_driver(),
+        # Its release branch, within which kernels are compiled alike.
+        driver=(driver_version() or 'unknown').split('.')[0],
         **versions(triton.__version__),
     )
 

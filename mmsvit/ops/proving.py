@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,12 @@ def prove(kernel: Kernel, sizes: Sequence[Size], device: torch.device) -> str | 
 
 
 def _compare(kernel: Kernel, size: Size, weights: torch.dtype, device: torch.device) -> str | None:
-    found = results(kernel, size, weights, device, 'triton')
-    again = results(kernel, size, weights, device, 'triton')
+    trial = Trial(kernel, size, weights, device, 'triton')
+    found, again = results(trial), results(trial)
     if not all(map(torch.equal, found, again)):
         return 'two runs differ'
-    plain = results(kernel, size, weights, device, 'torch')
-    exact = results(kernel, size, weights, device, 'torch', torch.float64)
+    plain = results(trial._replace(backend='torch'))
+    exact = results(trial._replace(backend='torch', computed_in=torch.float64))
     for place, (one, other, truth) in enumerate(zip(found, plain, exact)):
         slack = torch.finfo(kernel.dtype).eps * truth.abs().max()
         error = (one.double() - truth).abs().max()
@@ -57,17 +58,10 @@ def _compare(kernel: Kernel, size: Size, weights: torch.dtype, device: torch.dev
     return None
 
 
-def results(
-    kernel: Kernel,
-    size: Size,
-    weights: torch.dtype,
-    device: torch.device,
-    backend: str,
-    computed_in: torch.dtype | None = None,
-) -> list[Tensor]:
-    """Outputs, and gradients of the map and all weights.
+class Trial(NamedTuple):
+    """One way to compute what a kernel does.
 
-    Args:
+    Attributes:
         kernel: Which.
         size: Images, height and width of the map.
         weights: The dtype of the weights.
@@ -75,24 +69,32 @@ def results(
         backend: Which computes it.
         computed_in: A dtype for the same numbers, in place of the kernel's and the weights'.
     """
-    step, inputs = _prepare(kernel, size, weights, device, backend, computed_in)
+
+    kernel: Kernel
+    size: Size
+    weights: torch.dtype
+    device: torch.device
+    backend: str
+    computed_in: torch.dtype | None = None
+
+
+def results(trial: Trial) -> list[Tensor]:
+    """Outputs, and gradients of the map and all weights."""
+    step, inputs = _prepare(trial)
     outputs = step()
-    factors = [_random(output.shape, 9, device).to(kernel.dtype).to(output) for output in outputs]
+    factors = [
+        _random(output.shape, 9, trial.device).to(trial.kernel.dtype).to(output)
+        for output in outputs
+    ]
     return [
         *(output.detach() for output in outputs),
         *torch.autograd.grad(outputs, inputs, factors),
     ]
 
 
-def _prepare(
-    kernel: Kernel,
-    size: Size,
-    weights: torch.dtype,
-    device: torch.device,
-    backend: str,
-    computed_in: torch.dtype | None = None,
-) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
+def _prepare(trial: Trial) -> tuple[Callable[[], list[Tensor]], list[Tensor]]:
     """What computes the outputs, and the tensors that gradients are asked for."""
+    kernel, size, weights, device, backend, computed_in = trial
     channels, cell = kernel.channels, kernel.cell
     torch.manual_seed(0)
 
@@ -146,7 +148,9 @@ def speedup(kernel: Kernel, size: Size, device: torch.device) -> float:
         device: Of type ``cuda``.
     """
     times: dict[str, list[float]] = {'torch': [], 'triton': []}
-    steps = {backend: _prepare(kernel, size, torch.float32, device, backend) for backend in times}
+    steps = {
+        backend: _prepare(Trial(kernel, size, torch.float32, device, backend)) for backend in times
+    }
     for round_ in range(ROUNDS + 3):
         for backend, (step, inputs) in steps.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -179,9 +179,9 @@ def test_right_kernels_are_proven_and_wrong_ones_found(monkeypatch, kernel):
     assert proving.prove(kernel, sizes, device) is None
     original, calls = proving.results, []
 
-    def spoilt(how, *args):
-        found = original(*args)
-        if args[4] == 'triton':
+    def spoilt(how, trial):
+        found = original(trial)
+        if trial.backend == 'triton':
             calls.append(0)
             found[-1] = how(found[-1])
         return found
@@ -191,7 +191,7 @@ def test_right_kernels_are_proven_and_wrong_ones_found(monkeypatch, kernel):
         lambda x: x * float('nan'): 'two runs differ|is off by nan',
         lambda x: x + len(calls) * 1e-2: 'two runs differ',
     }.items():
-        monkeypatch.setattr(proving, 'results', lambda *args, how=how: spoilt(how, *args))
+        monkeypatch.setattr(proving, 'results', lambda trial, how=how: spoilt(how, trial))
         with_problem = proving.prove(kernel, sizes, device)
         assert with_problem and any(part in with_problem for part in problem.split('|'))
         assert 'maps of 5x7' in with_problem
@@ -241,6 +241,24 @@ def test_a_kernel_that_kills_its_process_is_recorded_and_the_rest_goes_on(worker
     assert choose(sampling)[0] == choose(Kernel('conv_ffn', torch.float16, 32))[0] == 'torch'
     prove_gpu.prove_all(kernels, again=False)
     assert capsys.readouterr().out.count('has a record') == 6
+
+
+def test_a_kernel_that_loses_the_context_is_not_held_against_the_next(worker):
+    """The process answers, and ends; one in its place proves the rest, and none comes after the last."""
+    answer = json.dumps(dict(problem='CUDA error: illegal access', speedup=None, lost=True))
+    worker(
+        f'print({json.dumps(json.dumps(dict(environment=HERE)))}, flush=True)\n'
+        'import json, sys\n'
+        'for line in sys.stdin:\n'
+        '    if json.loads(line)["channels"] == 64:\n'
+        f'        print({answer!r}, flush=True); break\n'
+        '    print(json.dumps(dict(problem=None, speedup=2.0)), flush=True)\n'
+    )
+    other = SAMPLE._replace(channels=96)
+    for kernels in ({SAMPLE: 4, other: 8}, {other: 8, SAMPLE: 4}):
+        entries = prove_gpu.prove_all(kernels, again=True)
+        assert entries[str(SAMPLE)]['problem'] == 'CUDA error: illegal access'
+        assert entries[str(other)] == dict(proven=True, problem=None, speedup=2.0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 
 import torch
@@ -13,7 +12,7 @@ from mmengine.runner import Runner
 
 from ...models.kernels import kernels_of
 from ...ops import choose_backend, proofs
-from ...ops.backend import VARIABLE, fix_choice
+from ...ops.backend import VARIABLE, fix_choice, named_backend
 from ...registry import HOOKS
 
 KEY = 'triton_kernels'
@@ -42,8 +41,8 @@ class OpsBackendHook(Hook):
         kernels = kernels_of(runner.model, _dtypes(runner))
         if proofs.environment(device) is None or not kernels:
             return  # Nothing to choose.
-        if named := os.environ.get(VARIABLE, 'auto').replace('auto', ''):
-            runner.logger.info(f'ops_backend: {VARIABLE}={named} asks for it')
+        if named_backend() != 'auto':
+            runner.logger.info(f'ops_backend: {VARIABLE}={named_backend()} asks for it')
             return
         fix_choice(None)
         verdicts = {str(kernel): proofs.verdict(kernel, device) for kernel in kernels}
@@ -67,7 +66,7 @@ class OpsBackendHook(Hook):
         fix_choice(self._chosen)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Go on with the kernels that the run began with."""
+        """Resume with the kernels that the run began with."""
         meta = checkpoint.get('meta')
         before = meta.get(KEY) if isinstance(meta, dict) else None
         if not runner._resume or self._chosen is None or not isinstance(before, list):
