@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -108,9 +109,16 @@ def small_arch(**changes: tuple) -> dict:
     return {**arch, **changes}
 
 
-def import_tool(name: str) -> ModuleType:
-    """A program in tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
+def free_port() -> str:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
+
+
+def import_tool(name: str, folder: str = 'tools') -> ModuleType:
+    """A program of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -54,12 +54,17 @@ def run(python: Path, *arguments: str) -> None:
     subprocess.run([str(python), *arguments], check=True, stdout=sys.stderr, cwd=ROOT)
 
 
-def install(python: Path, *arguments: str) -> None:
-    """Run pip install; raise SetupError if that fails, after pip has said why."""
+def pip(python: Path, *arguments: str) -> None:
+    """Run pip; raise SetupError if that fails, after pip has said why."""
     try:
-        run(python, '-m', 'pip', 'install', '--disable-pip-version-check', *arguments)
+        run(python, '-m', 'pip', '--disable-pip-version-check', *arguments)
     except subprocess.CalledProcessError as error:
         raise SetupError('pip failed, see above; docs/install.md lists known causes') from error
+
+
+def install(python: Path, *arguments: str) -> None:
+    """Run pip install, see :func:`pip`."""
+    pip(python, 'install', *arguments)
 
 
 def check_python() -> None:
@@ -132,16 +137,10 @@ def download(family: str, folder: Path, dev: bool, ops: str | None, with_torch: 
     check_python()
     pins, mmcv = read_requirements(family, with_torch)
     wanted = [*pins, without_ops(mmcv), *(['-r', DEV_REQUIREMENTS] if dev else [])]
-    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
-    commands = [[*pip, 'wheel', '-w', str(folder), '-c', CONSTRAINTS[family], *wanted]]
+    python = Path(sys.executable)
+    pip(python, 'wheel', '-w', str(folder), '-c', CONSTRAINTS[family], *wanted)
     if ops == 'build':  # Its source: compiled ops belong to the machine that they run on.
-        source = ['download', '--no-deps', '--no-binary', ':all:', '-d', str(folder), mmcv]
-        commands.append([*pip, *source])
-    for command in commands:
-        try:
-            subprocess.run(command, check=True, stdout=sys.stderr, cwd=ROOT)
-        except subprocess.CalledProcessError as error:
-            raise SetupError('pip failed, see above; docs/install.md lists known causes') from error
+        pip(python, 'download', '--no-deps', '--no-binary', ':all:', '-d', str(folder), mmcv)
     say(
         f'copy {folder} and this checkout to the other machine, and run there: '
         f'python3 tools/setup_env.py --wheels {folder}{"" if with_torch else " --use-torch"}'
@@ -159,14 +158,14 @@ def install_from(folder: Path) -> None:
 
 def site_packages(python: Path) -> Path:
     """Where an environment keeps its packages."""
-    command = [str(python), '-c', 'import sysconfig; print(sysconfig.get_paths()["purelib"])']
-    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    code = 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+    return Path(run_code(python, code).stdout.strip())
 
 
 def folder_of_torch() -> Path:
     """Where the torch of the Python that runs this is; raise SetupError if there is none to use."""
     code = 'import torch, torchvision; print(torch.__version__.split("+")[0], torch.__path__[0])'
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    result = run_code(Path(sys.executable), code)
     if result.returncode != 0:
         raise SetupError(
             f'--use-torch: {sys.executable} has no torch with torchvision:\n{result.stderr}'
@@ -393,9 +392,9 @@ def set_up(
         run(Path(sys.executable), '-m', 'venv', str(venv))
     stamp.write_text(json.dumps(dict(family=family, finished=False)))
     pins, mmcv = read_requirements(family, with_torch=not use_torch)
-    constraints = (
-        str(reuse_torch(python, CONSTRAINTS[family])) if use_torch else CONSTRAINTS[family]
-    )
+    constraints = CONSTRAINTS[family]
+    if use_torch:
+        constraints = str(reuse_torch(python, constraints))
     install(python, '-c', constraints, *pins)
     wanted['ops'] = install_mmcv(python, mmcv, ops)
     if dev:

@@ -97,10 +97,10 @@ def apply_tta(cfg: Config) -> None:
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
-    if cfg.get('default_scope') == 'mmdet':
-        set_detector_tta(cfg, dataset)
     absent = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
-    if absent:
+    if absent and cfg.get('default_scope') == 'mmdet':
+        set_detector_tta(cfg, dataset)
+    elif absent:
         raise SystemExit(f'--tta needs {" and ".join(absent)}, which the config does not set')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     dataset.pipeline = cfg.tta_pipeline

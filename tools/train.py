@@ -35,6 +35,7 @@ from mmsvit.cli import (
 )
 from mmsvit.datasets.quick_checks import check_data
 from mmsvit.engine.overfit import WARM_UP, evaluate_only_these, judge, overfit_config
+from mmsvit.engine.run_record import averages_of
 from mmsvit.visualization.training_curves import read_curves
 
 EMA_MOMENTUM = 0.0002  # of the new weights: MMEngine's default
@@ -104,6 +105,8 @@ def parse_args() -> argparse.Namespace:
 def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     """Write the options that are settings into the config."""
     if args.ema is not None:
+        if averages_of(cfg):
+            raise SystemExit(f'--ema: {args.config} has an EMAHook already; set its momentum there')
         add_hook(cfg, dict(type='EMAHook', momentum=args.ema, priority='ABOVE_NORMAL'))
     if args.log_to:
         visualizer = cfg.setdefault('visualizer', dict(type='Visualizer'))

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+from mmengine.config import Config
 from mmengine.dist import get_world_size
 from mmengine.runner import IterBasedTrainLoop, Runner
 
@@ -66,8 +67,14 @@ def _length(sized: object) -> int | None:
         return None
 
 
-def _is_average(hook: object) -> bool:
-    return isinstance(hook, dict) and _text(hook.get('type')).strip("'").endswith('EMAHook')
+def averages_of(cfg: Config) -> list[dict]:
+    """The hooks of a config that average weights."""
+    hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
+    return [
+        hook
+        for hook in hooks
+        if isinstance(hook, dict) and _text(hook.get('type')).strip("'").endswith('EMAHook')
+    ]
 
 
 def settings_of(runner: Runner) -> dict[str, str]:
@@ -83,8 +90,7 @@ def settings_of(runner: Runner) -> dict[str, str]:
     loader = cfg.get('train_dataloader') or {}
     accumulated = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
     scaling, randomness = cfg.get('auto_scale_lr') or {}, cfg.get('randomness') or {}
-    hooks = [*(cfg.get('custom_hooks') or []), *(cfg.get('default_hooks') or {}).values()]
-    averages = [hook for hook in hooks if _is_average(hook)]
+    averages = averages_of(cfg)
     by_epoch = not isinstance(loop, IterBasedTrainLoop)
     numbers = {
         'auto_scale_lr': scaling.get('base_batch_size') if scaling.get('enable') else None,

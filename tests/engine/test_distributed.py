@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import ROOT, free_port, run_python
 
 from mmsvit import cli
 
@@ -49,12 +48,6 @@ optim_wrapper = dict(
 param_scheduler = []
 default_hooks = dict(checkpoint=dict(interval=3, save_best=None))
 """
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import random
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from mmengine.dataset import Compose
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
@@ -131,10 +130,7 @@ def start_two(folder: Path, images: Path, *options: str) -> list[subprocess.Pope
 
 def start_in(folders: Sequence[str | Path], command: list) -> list[subprocess.Popen]:
     """The processes of a distributed run, each in a folder."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, OMP_NUM_THREADS='1')
+    env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), OMP_NUM_THREADS='1')
     env.update(WORLD_SIZE=str(len(folders)), PYTHONPATH=str(ROOT / 'tests'))
     return [
         subprocess.Popen(

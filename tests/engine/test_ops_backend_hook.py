@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from toy import make_images, train
 
 from mmsvit.checkpoint import read_checkpoint
@@ -144,10 +143,7 @@ except RuntimeError as error:
 @pytest.mark.parametrize('mode', ['equal', 'without Triton'])
 def test_rank_0_chooses_for_all(monkeypatch, tmp_path, mode):
     """Each rank has other records, and those of rank 1 count for nothing."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = str(probe.getsockname()[1])
-    processes = []
+    port, processes = free_port(), []
     for rank, kernel in enumerate((FIRST, SECOND)):
         monkeypatch.setenv('MMSVIT_PROOFS', str(tmp_path / str(rank)))
         prove(kernel)

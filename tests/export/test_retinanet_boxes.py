@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, import_tool
 from mmdet.models.task_modules import AnchorGenerator
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -18,11 +17,7 @@ from mmengine.structures import InstanceData
 
 @pytest.fixture(scope='module')
 def example() -> ModuleType:
-    path = ROOT / 'examples' / 'retinanet_onnx_boxes.py'
-    spec = importlib.util.spec_from_file_location('retinanet_onnx_boxes', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_tool('retinanet_onnx_boxes', 'examples')
 
 
 @pytest.fixture(scope='module')

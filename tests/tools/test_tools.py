@@ -425,6 +425,9 @@ def test_averages_and_logs_by_an_option(monkeypatch):
     kinds = [backend.type for backend in cfg.visualizer.vis_backends]
     assert kinds[: len(before)] == [backend.type for backend in before]
     assert {'TensorboardVisBackend', 'WandbVisBackend'} <= set(kinds)
+    with pytest.raises(SystemExit, match=r'--ema: .* has an EMAHook already'):
+        train.apply_options(cfg, args)
+    args.ema = None
     train.apply_options(cfg, args)
     assert len(cfg.visualizer.vis_backends) == len(set(kinds))  # none twice
 
@@ -441,3 +444,6 @@ def test_detectors_are_augmented_as_mmdetection_does(shapes, tmp_path):
     cfg = Config.fromfile(CONFIG)
     with pytest.raises(SystemExit, match='merges boxes, not masks'):
         tool.apply_tta(cfg)
+    cfg.update(tta_model=dict(type='Mine'), tta_pipeline=[dict(type='Own')])
+    tool.apply_tta(cfg)
+    assert cfg.model.type == 'Mine' and cfg.test_dataloader.dataset.pipeline[0].type == 'Own'
