@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,7 @@ from mmsvit.engine.hooks.exact_resume_hook import SeededBatchSampler
 from mmsvit.engine.hooks.safe_checkpoint_hook import SafeCheckpointHook
 
 ITERATIONS = EPOCHS * IMAGES // BATCH
+HANGING = 300  # Seconds after which processes do not go on.
 
 
 class Killed(Exception):
@@ -132,6 +134,7 @@ def start_in(folders: Sequence[str | Path], command: list) -> list[subprocess.Po
     """The processes of a distributed run, each in a folder."""
     env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), OMP_NUM_THREADS='1')
     env.update(WORLD_SIZE=str(len(folders)), PYTHONPATH=str(ROOT / 'tests'))
+    env['PYTHONFAULTHANDLER'] = '1'  # For end_of.
     return [
         subprocess.Popen(
             command,
@@ -145,10 +148,14 @@ def start_in(folders: Sequence[str | Path], command: list) -> list[subprocess.Po
 
 
 def end_of(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
-    """Their exit statuses and what they say; none outlives a test that fails."""
+    """Their exit statuses and what they say; those that hang say where, and end with -SIGABRT."""
+    patience = threading.Timer(HANGING, lambda: [p.send_signal(signal.SIGABRT) for p in processes])
+    patience.start()
     try:
-        said = [process.communicate(timeout=100)[1] for process in processes]
+        with ThreadPoolExecutor() as pool:  # At once: who writes to a full pipe waits.
+            said = list(pool.map(lambda process: process.communicate()[1], processes))
     finally:
+        patience.cancel()
         for process in processes:
             process.kill()
     return [process.returncode for process in processes], said
