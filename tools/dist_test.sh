@@ -9,8 +9,4 @@ if [ $# -lt 3 ]; then
 fi
 config=$1 checkpoint=$2 gpus=$3
 shift 3
-# Not `python -m`, which imports modules from the current folder first.
-exec torchrun \
-    --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$gpus" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
-    "$(dirname "$0")/test.py" "$config" "$checkpoint" --launcher pytorch "$@"
+exec bash "$(dirname "$0")/launch.sh" test.py "$gpus" "$config" "$checkpoint" --launcher pytorch "$@"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.model import (
@@ -65,6 +67,58 @@ def find_svit(model: nn.Module) -> SViT:
         f'{type(model).__name__} has no mmsvit.SViT; its backbone is '
         f'{type(getattr(model, "backbone", None)).__name__}'
     )
+
+
+def check_channels(model: nn.Module) -> None:
+    """Check that the neck of an SViT, or the heads where there is none, take its channels.
+
+    Args:
+        model: With ``backbone``, ``neck`` and heads as in MMDetection and MMSegmentation; models
+            inside of it are checked as well. A neck or head that does not tell its channels is not.
+
+    Raises:
+        ValueError: One takes others; the message names the setting.
+    """
+    for outer, part in model.named_modules():
+        backbone = getattr(part, 'backbone', None)
+        if not isinstance(backbone, SViT):
+            continue
+        outputs = [feature.channels for feature in backbone.feature_info]
+        for name, module in _first_after(part):
+            where = '.'.join(filter(None, ('model', outer, name)))
+            found: Any = module.in_channels
+            index: Any = getattr(module, 'in_index', None)
+            expected = outputs
+            if index is not None:
+                chosen = [index] if isinstance(index, int) else index
+                if not all(-len(outputs) <= i < len(outputs) for i in chosen):
+                    raise ValueError(
+                        f'{where}.in_index is {index}, but the backbone has {len(outputs)} outputs'
+                    )
+                expected = [outputs[i] for i in chosen]
+                if isinstance(found, int):  # Of one output, or of several as one map.
+                    found, expected = [found], [sum(expected)]
+            if list(found) != expected:
+                raise ValueError(
+                    f'{where}.in_channels is {list(found)}, but the outputs of the backbone that it '
+                    f'takes have {expected} channels: set it to these'
+                )
+
+
+def _first_after(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What takes the outputs of a backbone and tells how many channels it expects, by name."""
+    neck = getattr(model, 'neck', None)
+    if neck is not None:
+        if isinstance(getattr(neck, 'in_channels', None), (list, tuple)):
+            yield 'neck', neck
+        return
+    for name in ('decode_head', 'auxiliary_head'):
+        heads: Any = getattr(model, name, None)
+        several = isinstance(heads, nn.ModuleList)
+        for i, head in enumerate(heads if several else [heads]):
+            # mmseg's; a cascade's later heads take what the first gives, too.
+            if hasattr(head, 'in_channels') and hasattr(head, 'in_index'):
+                yield f'{name}[{i}]' if several else name, head
 
 
 def takes_rgb(preprocessor: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, golden_arch, import_tool, run_python, small_arch
+from conftest import GOLDEN, ROOT, free_port, golden_arch, import_tool, run_python, small_arch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import AmpOptimWrapper
@@ -55,6 +56,12 @@ def options(shapes: Path, *more: str) -> list[str]:
         'default_hooks.logger.interval=1',
         *more,
     ]
+
+
+def activated(**variables: str) -> dict[str, str]:
+    """The environment variables of an activated environment, and others."""
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    return {**os.environ, 'PATH': path, **variables}
 
 
 @pytest.fixture(scope='module', params=['mmdet', 'mmsvit'])
@@ -186,7 +193,7 @@ def test_super_token_pictures(trained, shapes, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(shapes, tmp_path):
-    env = dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}', PORT='29555')
+    env = activated(PORT='29555')
     command = ['bash', ROOT / 'tools' / 'dist_train.sh', CONFIG, '2', '--work-dir', tmp_path]
     command += options(shapes, 'train_cfg.max_epochs=1')
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
@@ -305,7 +312,7 @@ def test_load_from_takes_the_authors_file_under_our_names():
 @pytest.mark.promise('Safety', 'Launch scripts run no modules or commands that they happen to find')
 def test_a_module_of_the_current_folder_is_not_imported_by_torchrun(tmp_path):
     (tmp_path / 'copy.py').write_text('open("ran", "w")')
-    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    environment = activated(PORT=free_port())
     command = ['bash', ROOT / 'tools' / 'dist_train.sh', 'no_such_config.py', '1']
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert 'no_such_config.py' in result.stderr + result.stdout
@@ -341,6 +348,47 @@ def test_a_refusal_is_a_sentence_and_a_traceback_on_demand(options, tmp_path):
     assert ('Traceback' in result.stderr) == bool(options)
     if not options:
         assert result.stderr.startswith('train.py: the config names data that is not there')
+
+
+def test_a_config_of_the_earlier_generation_is_named(tmp_path):
+    (tmp_path / 'old.py').write_text(
+        "model = dict(type='MaskRCNN')\n"
+        "data = dict(samples_per_gpu=2, train=dict(type='CocoDataset'))\n"
+        "optimizer = dict(type='AdamW', lr=1e-4)\nlr_config = dict(policy='step')\n"
+    )
+    for tool in ('train', 'check_dataset', 'get_flops'):
+        result = run_python(f'tools/{tool}.py', tmp_path / 'old.py', check=False)
+        assert result.returncode == 1 and 'Traceback' not in result.stderr
+        assert 'is a config of MMDetection 2.x' in result.stderr
+        assert '(data, optimizer, lr_config)' in result.stderr
+
+
+def test_a_busy_port_is_named_with_the_way_out():
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        port = other.getsockname()[1]
+        for script in ('dist_train.sh', 'dist_test.sh'):
+            result = subprocess.run(
+                ['bash', ROOT / 'tools' / script, 'config.py', '2', '2'],
+                env=activated(PORT=str(port)),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert result.returncode == 1 and 'Traceback' not in result.stderr
+            assert f'port {port} is in use' in result.stderr
+            assert f'PORT={port + 1}' in result.stderr
+
+
+def test_a_port_that_is_no_number_runs_nothing(tmp_path):
+    result = subprocess.run(
+        ['bash', ROOT / 'tools' / 'dist_train.sh', 'config.py', '2'],
+        env=activated(PORT=f'a[$(touch {tmp_path}/ran)]'),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2 and 'PORT must be a number' in result.stderr
+    assert not (tmp_path / 'ran').exists()
 
 
 def test_what_nobody_refused_keeps_its_traceback():

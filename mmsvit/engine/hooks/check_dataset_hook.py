@@ -20,7 +20,7 @@ from ...datasets.quick_checks import (
     check_classes,
     read_coco,
 )
-from ...models.mm_models import unwrap
+from ...models.mm_models import check_channels, unwrap
 from ...registry import HOOKS
 
 
@@ -30,7 +30,8 @@ class CheckDatasetHook(Hook):
 
     It checks the classes as :func:`check_data` does, those of image folders, that the first image
     and label map exist, and the number of classes of a segmentor or classifier (MMDetection's
-    ``NumClassCheckHook`` checks that of a detector).
+    ``NumClassCheckHook`` checks that of a detector). Before training also that neck or heads take the
+    backbone's channels.
     """
 
     priority = 'VERY_HIGH'
@@ -41,6 +42,7 @@ class CheckDatasetHook(Hook):
         Raises:
             ValueError, FileNotFoundError: What is wrong, and with which data set.
         """
+        check_channels(unwrap(runner.model))
         datasets = {'train': runner.train_dataloader.dataset}
         if runner.val_loop is not None:
             datasets['val'] = runner.val_dataloader.dataset
@@ -95,9 +97,9 @@ def _check_part(runner: Runner, split: str, part: BaseDataset) -> None:
                     what = what.replace('boxes', 'box').replace('images', 'image')
                 runner.logger.warning(f'{split} annotations {part.ann_file!r}: {number:,} {what}')
     if hasattr(part, 'reduce_zero_label'):
-        _check_num_classes(split, part.metainfo['classes'], runner.model)
+        _check_num_classes(split, part.metainfo['classes'], unwrap(runner.model))
     if getattr(part, 'folder_to_idx', None):
-        _check_num_classes(split, part.folder_to_idx, runner.model)
+        _check_num_classes(split, part.folder_to_idx, unwrap(runner.model))
     first = part.get_data_info(0)
     for file in (first.get('img_path'), first.get('seg_map_path')):
         if file and '://' not in file and not Path(file).is_file():
@@ -109,7 +111,9 @@ def _check_part(runner: Runner, split: str, part: BaseDataset) -> None:
 
 def _check_num_classes(split: str, classes: Collection[str], model: nn.Module) -> None:
     for name, module in model.named_modules():
-        count = getattr(module, 'num_classes', None)
+        count = (
+            getattr(module, 'num_classes', None) if name else None
+        )  # The model repeats a head's.
         if isinstance(count, int) and count != len(classes):
             raise ValueError(
                 f'{name}.num_classes is {count}, but the {split} data set has {len(classes)} '
