@@ -69,9 +69,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--of',
         choices=['pixel', 'super_token'],
-        default='pixel',
-        help='attention of the point itself, a mixture of the super tokens around it, or of the '
-        'one super token that it belongs to most',
+        help='attention of the point itself, a mixture of the super tokens around it (default), or '
+        'of the one super token that it belongs to most',
     )
     parser.add_argument('--head', type=int, help='one head, from 1; by default their mean')
     parser.add_argument(
@@ -90,11 +89,11 @@ def parse_args() -> argparse.Namespace:
     try:
         args.images = find_images(args.images)
         head = None if args.head is None else args.head - 1
-        point = AttentionPoint(*(args.point or (0.5, 0.5)), args.of, head)
+        point = AttentionPoint(*(args.point or (0.5, 0.5)), args.of or 'pixel', head)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    if args.checkpoint is None and (args.point or args.head):
-        parser.error('--point and --head need --checkpoint: random weights attend to nothing')
+    if args.checkpoint is None and (args.point or args.head or args.of):
+        parser.error('--point, --head and --of need --checkpoint: random weights attend to nothing')
     args.point = None if args.checkpoint is None else point
     problem = overwriting(args.images, args.out_dir)
     if problem:

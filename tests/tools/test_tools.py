@@ -210,6 +210,7 @@ def test_two_processes(shapes, tmp_path):
         ('classes', "do not have the classes ['hexagon']"),
         ('checkpoint', 'github.com/hhb072/STViT'),
         ('heads', 'num_classes'),
+        ('neck', 'model.neck.in_channels is [64, 128, 320, 512]'),
     ],
 )
 def test_bad_input_ends_before_training(tool, change, message, shapes, tmp_path):
@@ -219,6 +220,7 @@ def test_bad_input_ends_before_training(tool, change, message, shapes, tmp_path)
         'checkpoint': "pretrained = dict(_delete_=True, type='Pretrained', checkpoint='x.pth')\n"
         'model = dict(backbone=dict(init_cfg=pretrained))',
         'heads': 'model = dict(roi_head=dict(bbox_head=dict(num_classes=7)))',
+        'neck': 'model = dict(neck=dict(in_channels=[64, 128, 320, 512]))',
     }
     config = tmp_path / 'changed.py'
     path = {'train': ROOT / 'tools', 'mmdet': MMDET_TOOLS}[tool] / 'train.py'
@@ -231,6 +233,7 @@ def test_bad_input_ends_before_training(tool, change, message, shapes, tmp_path)
     result = run_python(*arguments, cwd=tmp_path, check=False)
     assert result.returncode != 0 and message in result.stderr, result.stderr[-2000:]
     assert 'Epoch(train)' not in result.stdout + result.stderr
+    assert tool == 'mmdet' or 'Traceback' not in result.stderr
 
 
 def test_missing_config_and_wrong_options(shapes, tmp_path):
