@@ -506,12 +506,15 @@ def test_a_block_that_nothing_knows_is_an_error(tmp_path, monkeypatch):
 
 def sources() -> str:
     """Our code, and that of others whose errors the page on installing quotes."""
+    import mmdet.engine.hooks.num_class_check_hook
     import mmengine.config.config
     import mmengine.optim.optimizer.amp_optimizer_wrapper
     import torch.serialization
 
-    files = [*(ROOT / 'mmsvit').rglob('*.py'), *(ROOT / 'tools').glob('*.py')]
+    tools = ROOT / 'tools'
+    files = [*(ROOT / 'mmsvit').rglob('*.py'), *tools.glob('*.py'), *tools.glob('*.sh')]
     theirs = (
+        mmdet.engine.hooks.num_class_check_hook,
         mmengine.config.config,
         mmengine.optim.optimizer.amp_optimizer_wrapper,
         torch.serialization,
