@@ -10,10 +10,11 @@ import mmap
 import pickle
 import stat
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 # Elements of all objects, those inside of each other counted each time. torch's own files have less
@@ -22,11 +23,17 @@ ELEMENTS_PER_BYTE = 8
 ELEMENTS_ANYWAY = 1_000_000
 MAX_DEPTH = 500  # Python itself follows a thousand.
 LOCAL_HEADER = struct.Struct('<26xHH')  # lengths of name and extra field, before a record
+ZIP, ZIP64 = b'PK\x03\x04', 1  # the first bytes; the kind of the extra field for large files
+FIELD = struct.Struct('<HH')  # kind and size, before an extra field
+# Signature, and size and offset of the directory, at the end of an archive and of a large one.
+END, END_SIGNATURE = struct.Struct('<4s8xIIH'), b'PK\x05\x06'  # and the length of a comment
+END64, END64_SIGNATURE = struct.Struct('<4s36xQQ'), b'PK\x06\x06'
+LOCATOR, LOCATOR_SIGNATURE = struct.Struct('<8xQ4x'), b'PK\x06\x07'  # where a large one's end is
 LEGACY_PICKLES = 5  # magic number, protocol, system, content and keys of storages
 
 # The opcodes that torch's weights-only mode knows; it stops at any other.
 APPEND, APPENDS, SETITEM, SETITEMS, BUILD = b'aesub'
-MARK, TUPLE, TUPLE1, LONG1 = b'(t\x85\x8a'
+MARK, TUPLE, TUPLE1, LONG1, EMPTY_TUPLE = b'(t\x85\x8a)'
 REDUCE, NEWOBJ, BINPERSID, GLOBAL, STOP, PROTO = b'R\x81Qc.\x80'
 PUTS, GETS = frozenset(b'qr'), frozenset(b'hj')
 NUMBERS, STRINGS = frozenset(b'JKM'), frozenset(b'XU\x8a')  # LONG1 has a length, as strings
@@ -65,17 +72,64 @@ def check_records(file: str | Path) -> list[zipfile.ZipInfo]:
     information = Path(file).stat()
     if not stat.S_ISREG(information.st_mode):  # To open a pipe would wait for its other end.
         raise ValueError('it is no regular file')
-    if not zipfile.is_zipfile(file):
+    # As torch decides it, by the first bytes: zipfile alone would accept anything in front.
+    with Path(file).open('rb') as stream:
+        is_zip = stream.read(len(ZIP)) == ZIP
+    if not is_zip:
+        if zipfile.is_zipfile(file):
+            raise UnsafeStructureError('a zip archive behind other content')
+        with suppress(tarfile.TarError), tarfile.open(file, 'r:'):  # torch tries that, too.
+            raise UnsafeStructureError('a tar archive')
         return []
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
+    _check_end(file)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UnsafeStructureError('compressed records')
+    for entry in entries:
+        # Of torch's own records: no other name, offset or size than in the directory itself.
+        if entry.orig_filename != entry.filename or _fields(entry.extra) not in ([], [ZIP64]):
+            raise UnsafeStructureError('records with more than torch notes of them')
+        if entry.compress_size != entry.file_size:
+            raise UnsafeStructureError('records of two sizes')
     if sum(entry.file_size for entry in entries) > information.st_size:
         raise UnsafeStructureError('records that are larger than the file')
-    if len({entry.filename for entry in entries}) < len(entries):
+    # torch finds records without regard to case.
+    if len({entry.filename.lower() for entry in entries}) < len(entries):
         raise UnsafeStructureError('several records of one name')
     return entries
+
+
+def _fields(extra: bytes) -> list[int]:
+    """The kinds of the extra fields of a record."""
+    kinds, at = [], 0
+    while at < len(extra):
+        kind, size = FIELD.unpack(extra[at : at + FIELD.size].ljust(FIELD.size, b'\0'))
+        kinds.append(kind)
+        at += FIELD.size + size
+    return kinds
+
+
+def _check_end(file: str | Path) -> None:
+    """Check that there is one way to find the directory of an archive: nothing before, nothing between.
+
+    Python takes what lies in front of an archive into account, and torch does not.
+
+    Raises:
+        UnsafeStructureError: There are several.
+    """
+    with _mapped(file) as content:
+        at = len(content) - END.size
+        signature, size, offset, comment = END.unpack(content[at:])
+        locator = at - LOCATOR.size
+        if content[locator : locator + 4] == LOCATOR_SIGNATURE:
+            at = locator - END64.size
+            (begins,) = LOCATOR.unpack(content[locator : locator + LOCATOR.size])
+            signature64, size, offset = END64.unpack(content[at:locator])
+            if begins != at or signature64 != END64_SIGNATURE:
+                raise UnsafeStructureError('an archive with several ends')
+        if signature != END_SIGNATURE or comment or offset + size != at:
+            raise UnsafeStructureError('an archive whose directory is not where its end says')
 
 
 def check_pickles(file: str | Path, entries: list[zipfile.ZipInfo]) -> None:
@@ -94,7 +148,7 @@ def check_pickles(file: str | Path, entries: list[zipfile.ZipInfo]) -> None:
             for _ in range(LEGACY_PICKLES):
                 at = check_pickle(content, at, len(content))
         for entry in entries:
-            if PurePosixPath(entry.filename).name == 'data.pkl':
+            if PurePosixPath(entry.filename.lower()).name == 'data.pkl':
                 first = _first_byte(content, entry)
                 data = content[first : first + entry.file_size]
                 check_pickle(data, 0, len(data))
@@ -138,9 +192,29 @@ def check_sums(file: str | Path, entries: list[zipfile.ZipInfo]) -> None:
                     raise ValueError(f'checksum of {entry.filename}')
 
 
-def _may_allocate(called: str) -> bool:
-    """Whether numbers as arguments of a global say how much memory it takes."""
-    return called.endswith(('bytearray', 'Tensor', 'Storage'))
+# What makes tensors of the files that torch writes of a model: the others, for quantized, sparse, nested
+# and other tensors, believe what a file says of sizes, and read memory that is not theirs.
+FROM_TYPE = 'torch._tensor._rebuild_from_type_v2'
+REBUILDS = frozenset(
+    f'torch._utils._rebuild_{what}'
+    for what in ('tensor', 'tensor_v2', 'tensor_v3', 'parameter', 'parameter_with_state')
+) | {FROM_TYPE}
+
+
+def _check_global(name: str) -> str:
+    """Refuse a function that rebuilds what no checkpoint of a model holds; else its name."""
+    if name.startswith('torch.') and '._rebuild_' in name and name not in REBUILDS:
+        raise pickle.UnpicklingError(f'{name} is not allowed in a checkpoint')
+    return name
+
+
+def _may_call(called: str, arguments: _Object) -> bool:
+    """Whether a global may be called: not where arguments can say how much memory it takes."""
+    if called.endswith('bytearray'):
+        return arguments.kind in ('texts', 'none')
+    if called == FROM_TYPE:  # It calls the first of them.
+        return arguments.first in REBUILDS - {FROM_TYPE}
+    return not called.endswith(('Tensor', 'Storage'))
 
 
 class _Object:
@@ -149,14 +223,16 @@ class _Object:
     Attributes:
         elements: Of the object and all inside of it, counted as often as a walk meets them.
         depth: Levels inside of each other.
-        kind: ``'number'``, ``'numbers'`` (a tuple of them), or the name of a global.
+        kind: ``'text'``, ``'texts'`` (a tuple of them), ``'none'`` (an empty tuple), or the name of a global.
+        first: The kind of the first object of a tuple.
         is_used: Whether it is inside of another.
     """
 
-    __slots__ = ('depth', 'elements', 'is_used', 'kind')
+    __slots__ = ('depth', 'elements', 'first', 'is_used', 'kind')
 
     def __init__(self, kind: str = '', elements: int = 1, depth: int = 0) -> None:
         self.kind, self.elements, self.depth, self.is_used = kind, elements, depth, False
+        self.first = ''
 
     def add(self, parts: list[_Object]) -> None:
         """Put objects into this one."""
@@ -164,7 +240,7 @@ class _Object:
             self.elements += part.elements
             if part.depth >= self.depth:
                 self.depth = part.depth + 1
-            if self.kind == 'numbers' and part.kind != 'number':
+            if self.kind == 'texts' and part.kind != 'text':
                 self.kind = ''
             part.is_used = True
         if self.depth > MAX_DEPTH:
@@ -188,7 +264,7 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
         ValueError: It is no pickle.
     """
     limit = ELEMENTS_ANYWAY + ELEMENTS_PER_BYTE * num_bytes
-    number, other = _Object('number'), _Object()
+    text, none, other = _Object('text'), _Object('none'), _Object()
     stack: list[_Object] = []
     marks: list[int] = []
     memo: dict[int, _Object] = {}
@@ -206,15 +282,12 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
             if code in PUTS:
                 memo[argument] = stack[-1]
                 continue
-            if code in NUMBERS:
-                stack.append(number)
-                continue
-            if code in CONSTANTS:
-                stack.append(other)
+            if code in NUMBERS or code in CONSTANTS:
+                stack.append(none if code == EMPTY_TUPLE else other)
                 continue
             if code in STRINGS:
                 at += argument
-                stack.append(number if code == LONG1 else other)
+                stack.append(other if code == LONG1 else text)
                 continue
             if code == MARK:
                 marks.append(len(stack))
@@ -229,7 +302,8 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
                 if first < 0:
                     raise IndexError
                 parts = stack[first:]
-                built = _Object('numbers')
+                built = _Object('texts')
+                built.first = parts[0].kind if parts else ''
                 built.add(parts)
                 stack[first:] = [built]
                 total += built.elements
@@ -237,7 +311,7 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
                 first = marks.pop() if code in (APPENDS, SETITEMS) else len(stack) - FILLS[code]
                 parts, container = stack[first:], stack[first - 1]
                 del stack[first:]
-                if first < 1 or container in (number, other):
+                if first < 1 or container in (text, none, other):
                     raise IndexError
                 if container.is_used:
                     raise UnsafeStructureError('lists that grow where they are used')
@@ -245,9 +319,11 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
                 total = max(total, container.elements)
             elif code in (REDUCE, NEWOBJ):
                 arguments, called = stack.pop(), stack[-1].kind
-                if arguments.kind == 'numbers' and _may_allocate(called):
+                if not _may_call(called, arguments):
                     raise UnsafeStructureError(f'a call of {called}')
-                stack[-1] = _Object('', arguments.elements, arguments.depth)
+                # Bytes are pickled as a text and its encoding.
+                kind = 'text' if called == '_codecs.encode' and arguments.kind == 'texts' else ''
+                stack[-1] = _Object(kind, arguments.elements, arguments.depth)
             elif code == BINPERSID:
                 stack[-1] = other
             elif code == GLOBAL:
@@ -255,7 +331,7 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
                 end = data.find(b'\n', module + 1)
                 if module < 0 or end < 0:
                     raise IndexError
-                stack.append(_Object(data[at:end].decode().replace('\n', '.')))
+                stack.append(_Object(_check_global(data[at:end].decode().replace('\n', '.'))))
                 at = end + 1
             elif code == STOP:
                 return at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import tarfile
 import time
 import zipfile
 from io import BytesIO
@@ -64,6 +65,19 @@ ATTACKS = {
     + b'\x86R',
     'a terabyte of bytes': call('builtins.bytearray', (10**12,)),
     'a terabyte of numbers': call('torch.Tensor', (10**6, 10**6)),
+    'uninitialised numbers': b'ctorch\nTensor\n' + call('torch.Size', ((300, 300),)) + b'\x85R',
+    'memory by a scalar': b'c__builtin__\nbytearray\n'
+    + (b'cnumpy._core.multiarray\nscalar\n' + DTYPE + opcodes(b'12345678') + b'\x86R')
+    + b'\x85R',
+    'uninitialised numbers by another call': b'ctorch._tensor\n_rebuild_from_type_v2\n'
+    + b'(ctorch\nTensor\nctorch\nTensor\n'
+    + opcodes((10**6, 10**6))
+    + opcodes({})
+    + b'tR',
+    'a quantized tensor': call('torch._utils._rebuild_qtensor', (1,)),
+    'a sparse tensor': call('torch._utils._rebuild_sparse_tensor', (1,)),
+    'a nested tensor': call('torch._utils._rebuild_nested_tensor', (1,)),
+    'a tensor without memory': call('torch._utils._rebuild_meta_tensor_no_storage', (1,)),
     'a name of another protocol': opcodes('os') + opcodes('system') + b'\x93',
     'tuples without end': b'}('
     + b')q\x00'
@@ -100,6 +114,76 @@ def test_two_records_of_one_name_are_refused(tmp_path):
         archive.writestr('archive/data.pkl', b'\x80\x02}.')
     with pytest.raises(UnsafeCheckpointError, match='several records of one name'):
         read_checkpoint(file)
+
+
+def archived(value: object, name: str = 'data.pkl') -> bytes:
+    """A torch file with this value, without a checksum of torch's."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, 'w') as archive:
+        archive.writestr(f'archive/{name}', b'\x80\x02' + opcodes(value) + b'.')
+        archive.writestr('archive/version', '3')
+    return buffer.getvalue()
+
+
+def test_a_pickle_is_checked_under_every_name_that_torch_finds(tmp_path):
+    file = write(tmp_path / 'case.pth', ATTACKS['tuples without end'])
+    file.write_bytes(file.read_bytes().replace(b'archive/data.pkl', b'archive/DATA.PKL'))
+    with pytest.raises(UnsafeCheckpointError, match='objects inside of each other'):
+        read_checkpoint(file)
+    with zipfile.ZipFile(file, 'a') as archive:
+        archive.writestr('archive/data.pkl', b'\x80\x02}.')
+    with pytest.raises(UnsafeCheckpointError, match='several records of one name'):
+        read_checkpoint(file)
+
+
+def test_a_file_that_torch_and_python_read_differently_is_refused(tmp_path):
+    """Python finds an archive by its end, torch's old format and offsets begin at the start."""
+    file, good, other = tmp_path / 'two.pth', archived({'a': 1}), archived({'other': 1})
+    old = BytesIO()
+    torch.save({'other': 1}, old, _use_new_zipfile_serialization=False)
+    for content, why in (
+        (old.getvalue() + good, 'a zip archive behind other content'),
+        (b'x' + good, 'a zip archive behind other content'),
+        (other + good, 'not where its end says'),
+        (good[:-2] + b'\x01\x00c', 'not where its end says'),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UnsafeCheckpointError, match=why):
+            read_checkpoint(file)
+    file.write_bytes(good)
+    assert read_checkpoint(file) == {'a': 1}
+
+
+def test_a_tar_file_is_refused(tmp_path):
+    file = tmp_path / 'model.pth'
+    (tmp_path / 'inner').write_bytes(opcodes({}))
+    with tarfile.open(file, 'w') as archive:
+        archive.add(tmp_path / 'inner')
+    with pytest.raises(UnsafeCheckpointError, match='a tar archive'):
+        read_checkpoint(file)
+
+
+def test_what_torch_writes_of_models_is_read(tmp_path):
+    tensor = torch.arange(3.0)
+    tensor.note = 'an attribute'
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.no_decay = True
+    content = dict(tensor=tensor, parameter=parameter, state=torch.get_rng_state())
+    content.update(empty=bytearray(), some=bytearray(b'abc'), numbers={n: n for n in range(70000)})
+    for zipped in (True, False):
+        torch.save(content, tmp_path / 'model.pth', _use_new_zipfile_serialization=zipped)
+        read = read_checkpoint(tmp_path / 'model.pth')
+        assert read['some'] == b'abc' and torch.equal(read['tensor'], tensor)
+
+
+def test_a_large_archive_is_read(tmp_path):
+    """More than 65,535 records have a directory of the kind that files over 4 GB have."""
+    with zipfile.ZipFile(tmp_path / 'large.pth', 'w') as archive:
+        archive.writestr('archive/data.pkl', b'\x80\x02' + opcodes({'a': 1}) + b'.')
+        archive.writestr('archive/version', '3')
+        for i in range(70_000):
+            archive.writestr(f'archive/data/{i}', b'')
+    assert read_checkpoint(tmp_path / 'large.pth') == {'a': 1}
 
 
 def test_bombs_in_the_format_of_before_zip_files_are_refused(tmp_path):
