@@ -18,7 +18,7 @@ from types import FrameType
 import torch
 from mmengine.config import Config
 
-from mmsvit.apis.demo import Demo
+from mmsvit.apis.demo import Demo, drop_gradio_settings
 from mmsvit.apis.inference import ImageModel
 from mmsvit.checkpoint import trust_checkpoints
 from mmsvit.cli import add_trust_option, make_parser, run
@@ -58,6 +58,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, end)
     if args.trust_checkpoint:
         trust_checkpoints()
+    drop_gradio_settings()
     try:
         from mmsvit.apis.demo_page import serve  # gradio is an extra.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -23,6 +24,15 @@ from .image_files import read_image
 from .inference import ImageModel
 
 LARGEST_PICTURE = 960  # pixels of the longer side
+
+
+def drop_gradio_settings() -> None:
+    """Remove gradio's environment variables, which could expose files of the server, or its visitors.
+
+    gradio reads some of them when it is imported, so this comes before.
+    """
+    for name in [name for name in os.environ if name.startswith('GRADIO_')]:
+        del os.environ[name]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from html import escape
 
-from .demo import Demo, DemoResult
+from .demo import Demo, DemoResult, drop_gradio_settings
 from .image_files import ImageError
 
 try:
     import gradio as gr
+    from gradio.profiling import PROFILING_ENABLED
 except ImportError as error:
     raise ImportError('the demo page needs gradio: pip install "gradio==6.31.0"') from error
 
@@ -212,11 +213,14 @@ def serve(
 
     Raises:
         OSError: The port is taken.
+        ValueError: gradio was imported with its profiling on, which shows visitors to each other.
     """
+    if PROFILING_ENABLED:
+        raise ValueError(
+            'gradio was imported with GRADIO_PROFILING set, which shows visitors to each other: unset it'
+        )
     with tempfile.TemporaryDirectory(prefix='mmsvit-demo-') as folder:
-        # Inherited settings could expose files of the server, or the page to the internet.
-        for name in [name for name in os.environ if name.startswith('GRADIO_')]:
-            del os.environ[name]
+        drop_gradio_settings()
         os.environ['GRADIO_TEMP_DIR'] = folder
         os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
         page = build_page(demo, title)

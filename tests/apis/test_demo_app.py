@@ -57,6 +57,7 @@ def address(checkpoint, tmp_path_factory) -> Iterator[str]:
     env['TMPDIR'] = str(kept)
     # What others have set must not open the page.
     env.update(GRADIO_ALLOWED_PATHS=f'{ROOT},/etc', GRADIO_SHARE='1', GRADIO_SERVER_NAME='0.0.0.0')
+    env['GRADIO_PROFILING'] = '1'
     with log.open('w') as output:
         server = subprocess.Popen(
             list(map(str, command)),
@@ -253,6 +254,13 @@ def test_files_of_the_server_are_out_of_reach(address, checkpoint):
     with urllib.request.urlopen(address) as response:
         assert "default-src 'self'" in response.headers['content-security-policy']
         assert address.startswith('http://127.0.0.1:')
+
+
+@needs_gradio
+def test_visitors_are_not_shown_to_each_other(address):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(f'{address}gradio_api/profiling/traces')
+    assert error.value.code == 404
 
 
 @pytest.mark.promise(
