@@ -218,14 +218,14 @@ def add_guards(cfg: Config) -> None:
 def is_refusal(error: BaseException) -> bool:
     """Whether an error was raised on purpose, by mmsvit or its tools, so that its message says all."""
     frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, AssertionError) and frames[-1].filename.endswith(
-        'num_class_check_hook.py'
-    ):
-        return True  # MMDetection's, whose message says what differs.
-    if not frames or not (frames[-1].line or '').startswith('raise '):
+    if not frames:
         return False
     package = Path(__file__).parent
     file = Path(frames[-1].filename)
+    if isinstance(error, AssertionError) and file.name == 'num_class_check_hook.py':
+        return True  # MMDetection's, whose message says what differs.
+    if not (frames[-1].line or '').startswith('raise '):
+        return False
     return file.is_relative_to(package) or file.parent == Path(sys.argv[0]).absolute().parent
 
 

@@ -109,6 +109,12 @@ def small_arch(**changes: tuple) -> dict:
     return {**arch, **changes}
 
 
+def activated(**variables: str) -> dict[str, str]:
+    """The environment variables of this environment when it is activated, and others."""
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    return {**os.environ, 'PATH': path, **variables}
+
+
 def free_port() -> str:
     """A port of this machine that nobody listens at."""
     with socket.socket() as probe:

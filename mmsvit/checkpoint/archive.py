@@ -36,8 +36,8 @@ APPEND, APPENDS, SETITEM, SETITEMS, BUILD = b'aesub'
 MARK, TUPLE, TUPLE1, LONG1, EMPTY_TUPLE = b'(t\x85\x8a)'
 REDUCE, NEWOBJ, BINPERSID, GLOBAL, STOP, PROTO = b'R\x81Qc.\x80'
 PUTS, GETS = frozenset(b'qr'), frozenset(b'hj')
-NUMBERS, STRINGS = frozenset(b'JKM'), frozenset(b'XU\x8a')  # LONG1 has a length, as strings
-CONSTANTS, EMPTY = frozenset(b'NG\x88\x89)'), frozenset(b']}\x8f')
+STRINGS = frozenset(b'XU\x8a')  # LONG1 has a length, as strings
+CONSTANTS, EMPTY = frozenset(b'JKMNG\x88\x89)'), frozenset(b']}\x8f')
 TUPLES = frozenset(b't\x85\x86\x87')
 FILLS = {APPEND: 1, APPENDS: 0, SETITEM: 2, SETITEMS: 0, BUILD: 1}
 ARGUMENT_SIZES = [0] * 256
@@ -194,16 +194,16 @@ def check_sums(file: str | Path, entries: list[zipfile.ZipInfo]) -> None:
 
 # What makes tensors of the files that torch writes of a model: the others, for quantized, sparse, nested
 # and other tensors, believe what a file says of sizes, and read memory that is not theirs.
-FROM_TYPE = 'torch._tensor._rebuild_from_type_v2'
 REBUILDS = frozenset(
     f'torch._utils._rebuild_{what}'
     for what in ('tensor', 'tensor_v2', 'tensor_v3', 'parameter', 'parameter_with_state')
-) | {FROM_TYPE}
+)
+FROM_TYPE = 'torch._tensor._rebuild_from_type_v2'  # It calls its first argument.
 
 
 def _check_global(name: str) -> str:
     """Refuse a function that rebuilds what no checkpoint of a model holds; else its name."""
-    if name.startswith('torch.') and '._rebuild_' in name and name not in REBUILDS:
+    if name.startswith('torch.') and '._rebuild_' in name and name not in {*REBUILDS, FROM_TYPE}:
         raise pickle.UnpicklingError(f'{name} is not allowed in a checkpoint')
     return name
 
@@ -211,9 +211,9 @@ def _check_global(name: str) -> str:
 def _may_call(called: str, arguments: _Object) -> bool:
     """Whether a global may be called: not where arguments can say how much memory it takes."""
     if called.endswith('bytearray'):
-        return arguments.kind in ('texts', 'none')
-    if called == FROM_TYPE:  # It calls the first of them.
-        return arguments.first in REBUILDS - {FROM_TYPE}
+        return arguments.kind == 'texts'
+    if called == FROM_TYPE:
+        return arguments.first in REBUILDS
     return not called.endswith(('Tensor', 'Storage'))
 
 
@@ -223,7 +223,7 @@ class _Object:
     Attributes:
         elements: Of the object and all inside of it, counted as often as a walk meets them.
         depth: Levels inside of each other.
-        kind: ``'text'``, ``'texts'`` (a tuple of them), ``'none'`` (an empty tuple), or the name of a global.
+        kind: ``'text'``, ``'texts'`` (a tuple of nothing else), or the name of a global.
         first: The kind of the first object of a tuple.
         is_used: Whether it is inside of another.
     """
@@ -264,7 +264,7 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
         ValueError: It is no pickle.
     """
     limit = ELEMENTS_ANYWAY + ELEMENTS_PER_BYTE * num_bytes
-    text, none, other = _Object('text'), _Object('none'), _Object()
+    text, no_texts, other = _Object('text'), _Object('texts'), _Object()
     stack: list[_Object] = []
     marks: list[int] = []
     memo: dict[int, _Object] = {}
@@ -282,8 +282,8 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
             if code in PUTS:
                 memo[argument] = stack[-1]
                 continue
-            if code in NUMBERS or code in CONSTANTS:
-                stack.append(none if code == EMPTY_TUPLE else other)
+            if code in CONSTANTS:
+                stack.append(no_texts if code == EMPTY_TUPLE else other)
                 continue
             if code in STRINGS:
                 at += argument
@@ -311,7 +311,7 @@ def check_pickle(data: bytes | mmap.mmap, at: int, num_bytes: int) -> int:
                 first = marks.pop() if code in (APPENDS, SETITEMS) else len(stack) - FILLS[code]
                 parts, container = stack[first:], stack[first - 1]
                 del stack[first:]
-                if first < 1 or container in (text, none, other):
+                if first < 1 or container in (text, no_texts, other):
                     raise IndexError
                 if container.is_used:
                     raise UnsafeStructureError('lists that grow where they are used')

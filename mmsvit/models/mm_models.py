@@ -79,30 +79,34 @@ def check_channels(model: nn.Module) -> None:
     Raises:
         ValueError: One takes others; the message names the setting.
     """
-    for outer, part in model.named_modules():
-        backbone = getattr(part, 'backbone', None)
+    for name, backbone in backbones_by_name(model).items():
         if not isinstance(backbone, SViT):
             continue
         outputs = [feature.channels for feature in backbone.feature_info]
-        for name, module in _first_after(part):
-            where = '.'.join(filter(None, ('model', outer, name)))
-            found: Any = module.in_channels
-            index: Any = getattr(module, 'in_index', None)
-            expected = outputs
-            if index is not None:
-                chosen = [index] if isinstance(index, int) else index
-                if not all(-len(outputs) <= i < len(outputs) for i in chosen):
-                    raise ValueError(
-                        f'{where}.in_index is {index}, but the backbone has {len(outputs)} outputs'
-                    )
-                expected = [outputs[i] for i in chosen]
-                if isinstance(found, int):  # Of one output, or of several as one map.
-                    found, expected = [found], [sum(expected)]
-            if list(found) != expected:
-                raise ValueError(
-                    f'{where}.in_channels is {list(found)}, but the outputs of the backbone that it '
-                    f'takes have {expected} channels: set it to these'
-                )
+        outer = name.rpartition('.')[0]
+        for taker, module in _first_after(model.get_submodule(outer)):
+            _check_taker('.'.join(filter(None, ('model', outer, taker))), module, outputs)
+
+
+def _check_taker(name: str, module: nn.Module, outputs: list[int]) -> None:
+    """Check a neck or head against the channels of a backbone's outputs."""
+    found: Any = module.in_channels
+    index: Any = getattr(module, 'in_index', None)
+    expected = outputs
+    if index is not None:
+        chosen = [index] if isinstance(index, int) else index
+        if not all(-len(outputs) <= i < len(outputs) for i in chosen):
+            raise ValueError(
+                f'{name}.in_index is {index}, but the backbone has {len(outputs)} outputs'
+            )
+        expected = [outputs[i] for i in chosen]
+        if isinstance(found, int):  # Of one output, or of several as one map.
+            found, expected = [found], [sum(expected)]
+    if list(found) != expected:
+        raise ValueError(
+            f'{name}.in_channels is {list(found)}, but the outputs of the backbone that it takes have '
+            f'{expected} channels: set it to these'
+        )
 
 
 def _first_after(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

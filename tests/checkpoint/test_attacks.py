@@ -116,15 +116,6 @@ def test_two_records_of_one_name_are_refused(tmp_path):
         read_checkpoint(file)
 
 
-def archived(value: object, name: str = 'data.pkl') -> bytes:
-    """A torch file with this value, without a checksum of torch's."""
-    buffer = BytesIO()
-    with zipfile.ZipFile(buffer, 'w') as archive:
-        archive.writestr(f'archive/{name}', b'\x80\x02' + opcodes(value) + b'.')
-        archive.writestr('archive/version', '3')
-    return buffer.getvalue()
-
-
 def test_a_pickle_is_checked_under_every_name_that_torch_finds(tmp_path):
     file = write(tmp_path / 'case.pth', ATTACKS['tuples without end'])
     file.write_bytes(file.read_bytes().replace(b'archive/data.pkl', b'archive/DATA.PKL'))
@@ -138,7 +129,8 @@ def test_a_pickle_is_checked_under_every_name_that_torch_finds(tmp_path):
 
 def test_a_file_that_torch_and_python_read_differently_is_refused(tmp_path):
     """Python finds an archive by its end, torch's old format and offsets begin at the start."""
-    file, good, other = tmp_path / 'two.pth', archived({'a': 1}), archived({'other': 1})
+    file = tmp_path / 'two.pth'
+    good, other = (write(file, opcodes({key: 1})).read_bytes() for key in ('a', 'other'))
     old = BytesIO()
     torch.save({'other': 1}, old, _use_new_zipfile_serialization=False)
     for content, why in (
@@ -178,12 +170,11 @@ def test_what_torch_writes_of_models_is_read(tmp_path):
 
 def test_a_large_archive_is_read(tmp_path):
     """More than 65,535 records have a directory of the kind that files over 4 GB have."""
-    with zipfile.ZipFile(tmp_path / 'large.pth', 'w') as archive:
-        archive.writestr('archive/data.pkl', b'\x80\x02' + opcodes({'a': 1}) + b'.')
-        archive.writestr('archive/version', '3')
+    file = write(tmp_path / 'large.pth', opcodes({'a': 1}))
+    with zipfile.ZipFile(file, 'a') as archive:
         for i in range(70_000):
             archive.writestr(f'archive/data/{i}', b'')
-    assert read_checkpoint(tmp_path / 'large.pth') == {'a': 1}
+    assert read_checkpoint(file) == {'a': 1}
 
 
 def test_bombs_in_the_format_of_before_zip_files_are_refused(tmp_path):

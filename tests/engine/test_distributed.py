@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port, run_python
+from conftest import ROOT, activated, free_port, run_python
 
 from mmsvit import cli
 
@@ -62,10 +60,7 @@ def test_two_processes_train_as_one(shapes, tmp_path):
     run_python(ROOT / 'tools' / 'train.py', one, '--work-dir', tmp_path / 'one')
     still = ['--cfg-options', 'optim_wrapper.optimizer.lr=0.0']
     run_python(ROOT / 'tools' / 'train.py', one, '--work-dir', tmp_path / 'still', *still)
-    scripts = Path(sys.executable).parent
-    path = f'{scripts}{os.pathsep}{os.environ["PATH"]}'
-    gpus = {'CUDA_VISIBLE_DEVICES': ''}
-    env = dict(os.environ, **gpus, PATH=path, OMP_NUM_THREADS='1', PORT=free_port())
+    env = activated(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PORT=free_port())
     result = subprocess.run(
         ['bash', ROOT / 'tools' / 'dist_train.sh', two, '2', '--work-dir', tmp_path / 'two'],
         env=env,

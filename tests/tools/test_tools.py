@@ -17,7 +17,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, free_port, golden_arch, import_tool, run_python, small_arch
+from conftest import (
+    GOLDEN,
+    ROOT,
+    activated,
+    free_port,
+    golden_arch,
+    import_tool,
+    run_python,
+    small_arch,
+)
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import AmpOptimWrapper
@@ -56,12 +65,6 @@ def options(shapes: Path, *more: str) -> list[str]:
         'default_hooks.logger.interval=1',
         *more,
     ]
-
-
-def activated(**variables: str) -> dict[str, str]:
-    """The environment variables of an activated environment, and others."""
-    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    return {**os.environ, 'PATH': path, **variables}
 
 
 @pytest.fixture(scope='module', params=['mmdet', 'mmsvit'])

@@ -97,9 +97,9 @@ def _check_part(runner: Runner, split: str, part: BaseDataset) -> None:
                     what = what.replace('boxes', 'box').replace('images', 'image')
                 runner.logger.warning(f'{split} annotations {part.ann_file!r}: {number:,} {what}')
     if hasattr(part, 'reduce_zero_label'):
-        _check_num_classes(split, part.metainfo['classes'], unwrap(runner.model))
+        _check_num_classes(split, part.metainfo['classes'], runner.model)
     if getattr(part, 'folder_to_idx', None):
-        _check_num_classes(split, part.folder_to_idx, unwrap(runner.model))
+        _check_num_classes(split, part.folder_to_idx, runner.model)
     first = part.get_data_info(0)
     for file in (first.get('img_path'), first.get('seg_map_path')):
         if file and '://' not in file and not Path(file).is_file():
@@ -110,10 +110,9 @@ def _check_part(runner: Runner, split: str, part: BaseDataset) -> None:
 
 
 def _check_num_classes(split: str, classes: Collection[str], model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        count = (
-            getattr(module, 'num_classes', None) if name else None
-        )  # The model repeats a head's.
+    _, *parts = unwrap(model).named_modules()  # Without the model itself, which repeats a head's.
+    for name, module in parts:
+        count = getattr(module, 'num_classes', None)
         if isinstance(count, int) and count != len(classes):
             raise ValueError(
                 f'{name}.num_classes is {count}, but the {split} data set has {len(classes)} '
